@@ -1,0 +1,89 @@
+"""The protocol of a model stage: rows in, outputs and votes out, no I/O and no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streams.messages import Reason
+
+Outputs = NDArray[np.float64]
+"""Raw outputs of a model before softmax or thresholds, `[B, K]`, K of 1, 3 or 12."""
+
+
+class Scaler(Protocol):
+    """Maps raw features to what the model was trained on, column by column."""
+
+    def transform(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """`[..., C]` to `[..., C]`, row by row."""
+        ...
+
+
+class Head(Protocol):
+    """Turns raw outputs into an action and a confidence."""
+
+    def decide(self, outputs: Outputs) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
+        """Actions `[B]` (codes of `streams.messages.Action`) and confidences `[B]` in 0..1."""
+        ...
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded, matched and probed model. Immutable: a reload makes another one.
+
+    `features` are the columns it reads, in its own order, all of `feature_set`; `window` is the
+    number of ready vectors it needs, 1 for the tree models. A row's outputs are bit-equal whatever
+    other rows share its batch.
+    """
+
+    agent: str
+    version: str
+    file: Path
+    sha256: str
+    feature_set: str
+    features: tuple[str, ...]
+    contract: str
+    window: int
+    parameters: int
+    outputs: int
+    network: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    head: Head
+    scaler: Scaler | None = None
+    detail: str = ""
+    architecture: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one row: `(C,)` or `(L, C)`."""
+        width = len(self.features)
+        return (width,) if self.window == 1 else (self.window, width)
+
+    def predict(self, x: NDArray[np.float64]) -> Outputs:
+        """Raw outputs `[B, K]` of raw features `[B, C]`, or `[B, L, C]` where `window` > 1.
+
+        Scaled in float64, computed in float32. Not finite in, not finite out: the caller abstains.
+        """
+        scaled = x if self.scaler is None else self.scaler.transform(x)
+        return self.network(np.ascontiguousarray(scaled, dtype=np.float32)).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why an artifact may not vote: a reason of the contract and what to do about it."""
+
+    reason: Reason
+    detail: str
+
+
+class Refused(Exception):
+    """Raised by a check of an artifact; carries the `Refusal`."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.refusal = Refusal(reason, detail)

@@ -1,0 +1,1 @@
+"""The process: pipeline, features, consensus, settings, metrics and the command line."""
