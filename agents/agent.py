@@ -74,6 +74,42 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Built:
+    """A network read from a file, before it is matched to features, scaler and contract.
+
+    `features` are the names found inside the model file, None where it has none; `window` is 1 for
+    the tree models. `network` maps float32 `[B, C]` or `[B, L, C]` to float32 `[B, K]`.
+    """
+
+    architecture: str
+    width: int
+    window: int
+    outputs: int
+    parameters: int
+    network: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    features: tuple[str, ...] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Family(Protocol):
+    """A model family, one module each: `agents.xgb`, `agents.lgbm`, `agents.nhits`, `agents.patchtst`."""
+
+    def parse(self, data: bytes, suffix: str) -> Any:
+        """Read the bytes without executing anything; `suffix` is of `.pkl .pth .ubj .json .txt`.
+
+        Raises `Refused` with `unsafe_artifact` or `corrupt_artifact`.
+        """
+        ...
+
+    def build(self, parsed: Any, metadata: Mapping[str, Any]) -> Built:
+        """Recognise the architecture from keys and shapes and make the network.
+
+        Raises `Refused` with `unknown_architecture` or `state_dict_mismatch`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
 class Refusal:
     """Why an artifact may not vote: a reason of the contract and what to do about it."""
 
