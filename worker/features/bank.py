@@ -1,0 +1,179 @@
+"""The features of all series: their state, updates in batches, what to store and how to restore it.
+
+A series is a row, a small integer that the caller assigns; the bank knows no symbols.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streams.contracts import DEFINITIONS, V3, FeatureSet, union
+from worker.features.kernel import (
+    BAR_RECORD,
+    COLUMN_RECORD,
+    COLUMNS,
+    CORE_COLUMNS,
+    DEPTH,
+    RING_RECORD,
+    STATE_RECORD,
+    advance,
+)
+from worker.features.packing import StateCorruptError, blob_record, grown, pack, split, unpack
+
+__all__ = ["FeatureBank", "StateCorruptError"]
+
+_SERIES_BLOB = blob_record(("state", STATE_RECORD))
+_RING_BLOB = blob_record(("life", "<i8"), ("index", "<i8"), ("bar", RING_RECORD))
+
+
+class FeatureBank:
+    """Incremental features of any number of series.
+
+    `sets` are the feature sets in use; `warmup_bars` overrides a set's own by its name. Raises
+    ValueError where a warm-up is shorter than the set's longest window.
+    """
+
+    def __init__(self, sets: Sequence[FeatureSet] = (V3,), warmup_bars: Mapping[str, int] | None = None) -> None:
+        self._warmup_bars = dict(warmup_bars or {})
+        self._state = np.zeros(0, STATE_RECORD)
+        self._ring = np.zeros((0, DEPTH), RING_RECORD)
+        self._stale: set[int] = set()
+        self._extended = False
+        self.set_sets(sets)
+
+    def set_sets(self, sets: Sequence[FeatureSet]) -> None:
+        """Change the sets in use between two updates; what both have is untouched.
+
+        Where a set brings the extended group, that group starts its own warm-up; where none needs
+        it any more, it is forgotten.
+        """
+        warmup = [_warmup_bars(s, self._warmup_bars.get(s.name, s.warmup_bars)) for s in sets]
+        self.sets = tuple(sets)
+        self.names = union(self.sets)
+        self._columns = np.array([COLUMNS.index(DEFINITIONS[name].column) for name in self.names], np.intp)
+        groups = [_is_extended(s) for s in self.sets]
+        self._groups = np.array(groups, np.intp)
+        self._warmup = np.array(warmup, np.int64)
+        if self._extended and not any(groups):
+            self._forget_extended()
+        self._extended = any(groups)
+
+    def update(
+        self, rows: NDArray[np.int64], ohlcv: NDArray[np.float64], restart: NDArray[np.bool_] | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Take bars in order; give their features `[N, F]` (columns as `names`) and readiness `[N, S]`.
+
+        rows `[N]` are series numbers >= 0 and may repeat; ohlcv is `[N, 5]`: open, high, low, close
+        (> 0), volume (>= 0). `restart[i]` forgets the series before bar i. NaN is "not yet defined".
+        """
+        rows = np.require(rows, np.int64, ["C", "W"])
+        ohlcv = np.require(ohlcv, np.float64, ["C", "W"])
+        restart = np.zeros(len(rows), np.bool_) if restart is None else np.require(restart, np.bool_, ["C", "W"])
+        _check_batch(rows, ohlcv, restart)
+        out = np.full((len(rows), len(COLUMNS)), np.nan)
+        counts = np.empty((len(rows), 2), np.int64)
+        if len(rows):
+            self._reserve(int(rows.max()) + 1)
+            records = out.view(COLUMN_RECORD)[:, 0]
+            bars = ohlcv.view(BAR_RECORD)[:, 0]
+            advance(rows, bars, restart, self._extended, self._state, self._ring, records, counts)
+        return out[:, self._columns], counts[:, self._groups] >= self._warmup
+
+    def changes(self, rows: NDArray[np.int64]) -> list[tuple[bytes, bytes]]:
+        """What to store after an update with these `rows`: fields and blobs.
+
+        One blob a distinct row, and one for each of its new bars (at most 64), never the window.
+        """
+        touched, bars = np.unique(rows, return_counts=True)
+        stale = self._stale.difference(touched.tolist())
+        self._stale.clear()
+        series = np.concatenate([touched, np.array(sorted(stale), np.int64)])
+        return self._pack_series(series) + self._pack_ring(touched, bars)
+
+    def restore(self, fields: Mapping[bytes, bytes]) -> None:
+        """Replace the whole state by a stored one; continuing is bit for bit the same.
+
+        Raises StateCorruptError, and changes nothing, where a blob is wrong or missing.
+        """
+        series_fields, ring_fields = split(fields)
+        series = unpack(series_fields, _SERIES_BLOB)
+        bars = unpack(ring_fields, _RING_BLOB)
+        size = int(max(series["row"].max(initial=-1), bars["row"].max(initial=-1))) + 1
+        state = np.zeros(size, STATE_RECORD)
+        state[series["row"]] = series["state"]
+        self._ring = _restore_ring(state, bars)
+        self._state = state
+        # Stored without the group, or with one no longer in use: from here on as a reload would.
+        self._stale = set()
+        if not self._extended:
+            self._forget_extended()
+
+    def _reserve(self, rows: int) -> None:
+        self._state = grown(self._state, rows)
+        self._ring = grown(self._ring, rows)
+
+    def _forget_extended(self) -> None:
+        """Also in what is stored: else a crash would bring the group back for series without new bars."""
+        self._stale.update(np.flatnonzero(self._state["extended"]).tolist())
+        self._state["extended"] = 0
+
+    def _pack_series(self, rows: NDArray[np.int64]) -> list[tuple[bytes, bytes]]:
+        records = np.zeros(len(rows), _SERIES_BLOB)
+        records["row"] = rows
+        records["state"] = self._state[rows]
+        return pack([b"%d" % row for row in rows.tolist()], records)
+
+    def _pack_ring(self, rows: NDArray[np.int64], bars: NDArray[np.int64]) -> list[tuple[bytes, bytes]]:
+        counts = self._state["count"][rows]
+        new = np.minimum(np.minimum(bars, counts), DEPTH)
+        row = np.repeat(rows, new)
+        first = np.repeat(counts - new - (np.cumsum(new) - new), new)
+        index = first + np.arange(len(row))
+        slot = index & (DEPTH - 1)
+        records = np.zeros(len(row), _RING_BLOB)
+        records["row"] = row
+        records["life"] = self._state["life"][row]
+        records["index"] = index
+        records["bar"] = self._ring[row, slot]
+        names = [b"%d:%d" % pair for pair in zip(row.tolist(), slot.tolist(), strict=True)]
+        return pack(names, records)
+
+
+def _restore_ring(state: NDArray[Any], bars: NDArray[Any]) -> NDArray[Any]:
+    """The rings `[R, 64]`, from the bars of each series' present life only."""
+    owner = state[bars["row"]]
+    index = bars["index"]
+    live = bars[(bars["life"] == owner["life"]) & (index < owner["count"]) & (index >= owner["count"] - DEPTH)]
+    found = np.bincount(live["row"], minlength=len(state))
+    expected = np.minimum(state["count"], DEPTH)
+    for row in np.flatnonzero(found != expected):
+        raise StateCorruptError(b"%d" % row, f"{found[row]} bars of its ring found, {expected[row]} expected")
+    ring = np.zeros((len(state), DEPTH), RING_RECORD)
+    ring[live["row"], live["index"] & (DEPTH - 1)] = live["bar"]
+    return ring
+
+
+def _is_extended(feature_set: FeatureSet) -> bool:
+    return any(DEFINITIONS[name].column not in CORE_COLUMNS for name in feature_set.features)
+
+
+def _warmup_bars(feature_set: FeatureSet, bars: int) -> int:
+    if bars < feature_set.longest_window:
+        raise ValueError(
+            f"warm-up of {feature_set.name}: {bars} bars are fewer than its longest window; "
+            f"set at least {feature_set.longest_window}"
+        )
+    return bars
+
+
+def _check_batch(rows: NDArray[np.int64], ohlcv: NDArray[np.float64], restart: NDArray[np.bool_]) -> None:
+    if ohlcv.shape != (len(rows), 5) or restart.shape != rows.shape:
+        raise ValueError(
+            f"rows {rows.shape}, ohlcv {ohlcv.shape}, restart {restart.shape}: expected [N], [N, 5] and [N]"
+        )
+    if len(rows) and rows.min() < 0:
+        raise ValueError(f"row {rows.min()}: series are numbered from 0")
