@@ -1,0 +1,58 @@
+"""Expected failures, and the exit code of each: one line on stderr, never a traceback."""
+
+from __future__ import annotations
+
+DONE = 0
+CHECK_FAILED = 1
+USAGE = 2
+UNAVAILABLE = 3
+FENCED = 75
+"""The exit codes of every command; 75 is EX_TEMPFAIL of sysexits(3)."""
+
+
+class QuartetError(Exception):
+    """A failure that was foreseen. Its text names the thing and the remedy, in one line."""
+
+    exit_code = CHECK_FAILED
+
+
+class CheckFailed(QuartetError):
+    """A check was made and did not pass."""
+
+
+class UsageError(QuartetError):
+    """A flag, a setting or a file of the user's is wrong."""
+
+    exit_code = USAGE
+
+
+class Unavailable(QuartetError):
+    """Something this program needs is not there: a server, a port, a device."""
+
+    exit_code = UNAVAILABLE
+
+
+class FencedOff(QuartetError):
+    """Another instance owns the namespace; nothing was written."""
+
+    exit_code = FENCED
+
+
+def expected(error: BaseException) -> QuartetError | None:
+    """The `QuartetError` that `error` amounts to, or None where it is a defect of ours.
+
+    The streams layer knows nothing of exit codes, so its errors are translated here and only here.
+    """
+    if isinstance(error, QuartetError):
+        return error
+    import redis  # noqa: PLC0415  only a failure pays for this import
+
+    from streams.embedded import EmbeddedError  # noqa: PLC0415
+
+    if isinstance(error, EmbeddedError):
+        return Unavailable(str(error))
+    if isinstance(error, redis.AuthenticationError):
+        return Unavailable(f"Redis refused the login: {error}; check the user and password in --redis")
+    if isinstance(error, redis.ConnectionError | redis.TimeoutError):
+        return Unavailable(f"Redis is not reachable: {error}; check --redis and that the server runs")
+    return None

@@ -1,0 +1,318 @@
+"""The settings: flags, then `QUARTET_*` variables, then one TOML file, then defaults.
+
+`Settings(...)` itself reads nothing but its arguments; `load` is what adds the environment and the
+file. A setting that is not known is an error wherever it stands. Times carry their unit in the name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from streams.contracts import FEATURE_SETS
+from streams.keys import DEFAULT_NAMESPACE, Keys
+from streams.messages import AGENTS
+from worker.errors import UsageError
+
+EMBEDDED = "embedded"
+PREFIX = "QUARTET_"
+DEFAULT_FILE = Path("quartet.toml")
+SECRETS = ("redis",)
+"""Settings that may hold a password: masked when shown, and readable from a file named by `QUARTET_<NAME>_FILE`."""
+
+_INTERVAL = re.compile(r"[1-9][0-9]*[smhd]")
+_NAMESPACE = re.compile(r"[^\s{}\x00-\x1f\x7f]{1,128}")
+
+
+def _split(value: Any) -> Any:
+    """`a,b` is a list where a list is expected, as in an environment variable."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _known_agents(names: tuple[str, ...]) -> tuple[str, ...]:
+    unknown = [name for name in names if name not in AGENTS]
+    if unknown:
+        raise ValueError(f"unknown agent {', '.join(unknown)}; the agents are {', '.join(AGENTS)}")
+    return tuple(name for name in AGENTS if name in names)
+
+
+def _overrides(defaults: Mapping[str, Any]) -> BeforeValidator:
+    """What is given replaces single entries of `defaults`; a name that is not among them is an error."""
+
+    def merge(given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        unknown = [name for name in given if name not in defaults]
+        if unknown:
+            raise ValueError(f"unknown name {', '.join(map(str, unknown))}; the names are {', '.join(defaults)}")
+        return {**defaults, **given}
+
+    return BeforeValidator(merge)
+
+
+_DEFAULT_WEIGHTS = MappingProxyType({"xgboost": 0.30, "lightgbm": 0.30, "nhits": 0.20, "patchtst": 0.20})
+_DEFAULT_WARMUP = MappingProxyType({name: s.warmup_bars for name, s in FEATURE_SETS.items()})
+_DEFAULT_THRESHOLD = MappingProxyType(dict.fromkeys(AGENTS, 0.001))
+_DEFAULT_RESIDUAL = MappingProxyType(dict.fromkeys(AGENTS, 0.01))
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+AgentNames = Annotated[Names, AfterValidator(_known_agents)]
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Frozen = AfterValidator(MappingProxyType)
+
+
+class Settings(BaseSettings):
+    """Every setting with its default. Immutable; unknown names are refused."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid")
+
+    redis: str = Field(EMBEDDED, description="server URL, or `embedded` for the one of the state directory")
+    namespace: str = Field(DEFAULT_NAMESPACE, description="what every key begins with")
+    bars: Names = Field((), description="input keys; the namespace's own bars key unless set")
+    models: Path = Field(Path("models"), description="directory of the artifacts")
+    state_dir: Path = Field(Path(".quartet"), description="directory of the embedded server and of caches")
+
+    http_host: str = Field("127.0.0.1", description="address of metrics and health")
+    http_port: int = Field(9464, ge=0, le=65535, description="port of metrics and health; 0 is any free one")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    agents: AgentNames = Field(AGENTS, min_length=1, description="agents that are configured, of the known four")
+    weights: Annotated[Mapping[str, Share], _overrides(_DEFAULT_WEIGHTS), Frozen] = Field(
+        default_factory=dict, description="weight of each agent's vote, >= 0; need not sum to 1"
+    )
+    quorum: int = Field(3, ge=1, le=len(AGENTS), description="agreeing agents that a BUY or SELL needs")
+    threshold: Annotated[Mapping[str, Share], _overrides(_DEFAULT_THRESHOLD), Frozen] = Field(
+        default_factory=dict, description="return above which to BUY, where an artifact's metadata has none"
+    )
+    residual_std: Annotated[Mapping[str, Positive], _overrides(_DEFAULT_RESIDUAL), Frozen] = Field(
+        default_factory=dict, description="residual deviation of the return, where an artifact's metadata has none"
+    )
+    allow_unscaled: AgentNames = Field((), description="agents that may load without a scaler")
+    window_capacity: int = Field(64, ge=1, le=1024, description="ready vectors kept for each symbol, in bars")
+
+    batch_size: int = Field(256, ge=1, le=1024, description="most bars in one commit")
+    lease_s: Positive = Field(2.0, description="seconds after which a silent owner is replaced by its standby")
+    retain: int = Field(1_000_000, ge=0, description="entries kept per output stream, roughly; 0 keeps all")
+
+    warmup_bars: Annotated[Mapping[str, int], _overrides(_DEFAULT_WARMUP), Frozen] = Field(
+        default_factory=dict, description="bars before a feature set is ready, for each symbol and interval"
+    )
+    intervals: Annotated[tuple[str, ...] | None, NoDecode, BeforeValidator(_split)] = Field(
+        None, description="intervals that are accepted, such as 1m; all unless set"
+    )
+    max_bar_age_intervals: Positive | None = Field(
+        None, description="age on arrival, in intervals, past which a signal is `stale`; unjudged unless set"
+    )
+    max_gap_bars: int = Field(100, ge=1, description="missing bars after which a symbol warms up anew")
+    max_symbols: int = Field(10_000, ge=1, description="most symbol and interval pairs")
+    clock_skew_s: Share = Field(5.0, description="seconds a bar's time may be ahead of the clock")
+    frozen_bars: int = Field(30, ge=2, description="equal bars in a row that are flagged `frozen`")
+    jump_ratio: Positive = Field(0.5, description="change of the close that is flagged `jump`; 0.5 is 50 %")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003  the signature is the base class's
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+    @property
+    def input_keys(self) -> tuple[str, ...]:
+        """The keys that are read for bars, at least one."""
+        return self.bars or (Keys(self.namespace).bars,)
+
+    @field_validator("redis")
+    @classmethod
+    def _redis_is_a_url(cls, value: str) -> str:
+        if value != EMBEDDED and not value.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("expected `embedded` or a URL that begins with redis://, rediss:// or unix://")
+        return value
+
+    @field_validator("namespace")
+    @classmethod
+    def _namespace_is_plain(cls, value: str) -> str:
+        if not _NAMESPACE.fullmatch(value):
+            raise ValueError("expected 1 to 128 characters without spaces, control characters or braces")
+        return value
+
+    @field_validator("models", "state_dir")
+    @classmethod
+    def _home_is_expanded(cls, value: Path) -> Path:
+        return value.expanduser()
+
+    @field_validator("intervals")
+    @classmethod
+    def _intervals_have_the_form(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        wrong = [i for i in value or () if not _INTERVAL.fullmatch(i)]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: expected a number with s, m, h or d, such as 1m")
+        return value
+
+    @field_validator("warmup_bars")
+    @classmethod
+    def _warmup_covers_the_windows(cls, value: Mapping[str, int]) -> Mapping[str, int]:
+        for name, bars in value.items():
+            least = FEATURE_SETS[name].longest_window
+            if bars < least:
+                raise ValueError(f"{name} needs at least {least} bars, its longest window; found {bars}")
+        return value
+
+    @model_validator(mode="after")
+    def _ensemble_can_decide(self) -> Settings:
+        if self.quorum > len(self.agents):
+            raise ValueError(
+                f"quorum is {self.quorum} but only {len(self.agents)} agents are configured: "
+                f"set quorum to {len(self.agents)} or less, or configure more agents"
+            )
+        total = math.fsum(self.weights[agent] for agent in self.agents)
+        if not 0 < total < math.inf:
+            raise ValueError("weights of the configured agents must have a finite sum above 0")
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """Every setting as plain JSON values, secrets masked."""
+        shown = {name: _plain(getattr(self, name)) for name in type(self).model_fields}
+        return shown | {name: mask(shown[name]) for name in SECRETS}
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        return self.describe().items()
+
+
+def mask(url: str) -> str:
+    """`url` with its password, if it has one, replaced by stars."""
+    parts = urlsplit(url)
+    if not parts.netloc.count("@"):
+        return url
+    login, _, host = parts.netloc.rpartition("@")
+    user, colon, _ = login.partition(":")
+    return urlunsplit(parts._replace(netloc=f"{user}{colon and ':***'}@{host}"))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+Layer = tuple[str, Mapping[str, Any]]
+"""Where settings come from, for a person, and the settings that stand there."""
+
+
+def load(config: Path | None = None, **flags: Any) -> Settings:
+    """The settings of this process; flags that are None count as not given.
+
+    `config` is the TOML file; unless given, `QUARTET_CONFIG`, else `./quartet.toml` if it exists.
+    Raises `UsageError` in one line that names the setting, what was expected and where it stands.
+    """
+    return resolve(layers(config, **flags))
+
+
+def layers(config: Path | None = None, **flags: Any) -> tuple[Layer, ...]:
+    """The sources in force, the strongest first."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    return ("flags", given), ("environment", _environment()), _file(config)
+
+
+def resolve(sources: tuple[Layer, ...]) -> Settings:
+    """Settings from `sources`, the strongest first. Tables such as `weights` are merged entry by entry."""
+    merged: dict[str, Any] = {}
+    for _, values in reversed(sources):
+        for name, value in values.items():
+            below = merged.get(name)
+            both = isinstance(below, Mapping) and isinstance(value, Mapping)
+            merged[name] = {**below, **value} if both and below is not None else value
+    try:
+        return Settings(**merged)
+    except ValidationError as error:
+        raise UsageError("; ".join(_explain(e, sources) for e in error.errors(include_url=False))) from None
+
+
+def _explain(error: Any, sources: tuple[Layer, ...]) -> str:
+    """One pydantic error as one clause: the setting, where it stands, what was expected, what was found."""
+    path = [str(part) for part in error["loc"]]
+    source = next((name for name, values in sources if path and path[0] in values), "settings")
+    text = str(error["msg"]).removeprefix("Value error, ")
+    if not path:
+        return text
+    if error["type"] == "extra_forbidden":
+        return _unknown(path[0], source, Settings.model_fields)
+    found = "" if path[0] in SECRETS or error["type"] == "value_error" else f"; found {error['input']!r}"
+    return f"setting {'.'.join(path)} ({source}): {text[:1].lower()}{text[1:]}{found}"
+
+
+def _unknown(name: str, source: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"; did you mean {near[0]}?" if near else "; see `quartet config show` for all of them"
+    return f"unknown setting {name} ({source}){hint}"
+
+
+def _environment() -> dict[str, Any]:
+    """The settings among the environment variables."""
+    known = [PREFIX + name.upper() for name in Settings.model_fields]
+    files = [f"{PREFIX}{name.upper()}_FILE" for name in SECRETS]
+    for name in os.environ:
+        ours = name.startswith(PREFIX) and not name.startswith(f"{PREFIX}TEST_") and name != f"{PREFIX}CONFIG"
+        if ours and name.partition("__")[0] not in known and name not in files:
+            raise UsageError(_unknown(name, "environment", known + files))
+    try:
+        values = EnvSettingsSource(Settings, env_ignore_empty=True)()
+    except SettingsError as error:
+        raise UsageError(f"environment: {error}; a table is JSON, or one entry as in QUARTET_WEIGHTS__NHITS") from None
+    return values | _secret_files(values)
+
+
+def _secret_files(values: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    for name in SECRETS:
+        variable = f"{PREFIX}{name.upper()}_FILE"
+        path = os.environ.get(variable)
+        if not path:
+            continue
+        if name in values:
+            raise UsageError(f"both {PREFIX}{name.upper()} and {variable} are set: unset one of them")
+        try:
+            found[name] = Path(path).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{variable}: cannot read {path}: {error}") from None
+    return found
+
+
+def _file(config: Path | None) -> Layer:
+    """The TOML file in force; an empty layer where there is none."""
+    named = config or (Path(os.environ["QUARTET_CONFIG"]) if os.environ.get("QUARTET_CONFIG") else None)
+    if named is None and not DEFAULT_FILE.exists():
+        return "file", {}
+    path = named or DEFAULT_FILE
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"cannot read settings from {path}: {error}") from None
+    for name in values:
+        if name not in Settings.model_fields:
+            raise UsageError(_unknown(name, str(path), Settings.model_fields))
+    return str(path), values
