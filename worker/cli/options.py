@@ -1,0 +1,77 @@
+"""The flags that every command shares, in one place."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+_PANEL = "Shared by every command"
+
+
+def _flag(kind: Any, name: str, metavar: str, text: str) -> Any:
+    return Annotated[kind | None, typer.Option(name, metavar=metavar, help=text, rich_help_panel=_PANEL)]
+
+
+SHARED = {
+    "redis": _flag(str, "--redis", "URL", "Server, or `embedded` for the one of the state directory."),
+    "namespace": _flag(str, "--namespace", "NAME", "What every key begins with."),
+    "models": _flag(Path, "--models", "DIR", "Directory of the artifacts."),
+    "http_port": _flag(int, "--http-port", "PORT", "Port of metrics and health; 0 is any free one."),
+    "state_dir": _flag(Path, "--state-dir", "DIR", "Directory of the embedded server and of caches."),
+    "config": _flag(Path, "--config", "FILE", "Settings in TOML; ./quartet.toml if it exists."),
+}
+
+
+def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give `command` the shared flags and call it with `settings=Settings` made of all sources.
+
+    The command declares a parameter `settings: Settings` and its own flags; a flag of its own whose
+    name is that of a shared one stands in for it.
+    """
+    return _with_shared(command, "settings", _settings)
+
+
+def with_layers(command: Callable[..., Any]) -> Callable[..., Any]:
+    """As `with_settings`, for a command that declares `layers` and wants to see each source."""
+    return _with_shared(command, "layers", _layers)
+
+
+def _settings(flags: dict[str, Any]) -> Any:
+    from worker.settings import load
+
+    return load(**flags)
+
+
+def _layers(flags: dict[str, Any]) -> Any:
+    from worker.settings import layers
+
+    return layers(**flags)
+
+
+def _with_shared(command: Callable[..., Any], name: str, make: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
+    hints = get_type_hints(command, include_extras=True)
+    own = {
+        p.name: p.replace(annotation=hints.get(p.name, p.annotation), kind=inspect.Parameter.KEYWORD_ONLY)
+        for p in inspect.signature(command).parameters.values()
+        if p.name != name
+    }
+    shared = {
+        flag: inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for flag, kind in SHARED.items()
+        if flag not in own
+    }
+
+    @functools.wraps(command)
+    def wrapper(**given: Any) -> Any:
+        flags = {flag: given.pop(flag) for flag in shared}
+        return command(**{name: make(flags)}, **given)
+
+    parameters = [*own.values(), *shared.values()]
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapper
