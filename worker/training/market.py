@@ -143,8 +143,8 @@ def _ar1(rng: np.random.Generator, bars: int, n: int, phi: float, deviation: flo
 def _volatility(rng: np.random.Generator, bars: int, n: int) -> NDArray[np.float64]:
     """Persistent factor on the size of the shocks, mean square 1, `[T, N]`."""
     deviation = 0.25
-    factor: NDArray[np.float64] = np.exp(_ar1(rng, bars, n, 0.985, deviation) - deviation**2)
-    return factor
+    log_factor = _ar1(rng, bars, n, 0.985, deviation) - deviation**2
+    return np.asarray(np.exp(log_factor), dtype=np.float64)
 
 
 def _shocks(rng: np.random.Generator, bars: int, n: int, *, common: bool) -> NDArray[np.float64]:
@@ -160,7 +160,7 @@ def _cycle(rng: np.random.Generator, heat: NDArray[np.float64], deviation: NDArr
     # Variance of an AR(2) driven by unit noise: (1-b) / ((1+b) ((1-b)^2 - a^2)).
     unit = (1 - b) / ((1 + b) * ((1 - b) ** 2 - a**2))
     noise = rng.standard_normal(heat.shape) * heat * deviation / np.sqrt(unit)
-    out = np.zeros_like(noise)
+    out = np.zeros(noise.shape)
     for t in range(2, len(noise)):
         out[t] = a * out[t - 1] + b * out[t - 2] + noise[t]
     return out
