@@ -22,12 +22,9 @@ from worker.features.kernel import (
     STATE_RECORD,
     advance,
 )
-from worker.features.packing import StateCorruptError, blob_record, grown, pack, split, unpack
+from worker.features.packing import SeriesStore, StateCorruptError
 
 __all__ = ["FeatureBank", "StateCorruptError"]
-
-_SERIES_BLOB = blob_record(("state", STATE_RECORD))
-_RING_BLOB = blob_record(("life", "<i8"), ("index", "<i8"), ("bar", RING_RECORD))
 
 
 class FeatureBank:
@@ -39,8 +36,7 @@ class FeatureBank:
 
     def __init__(self, sets: Sequence[FeatureSet] = (V3,), warmup_bars: Mapping[str, int] | None = None) -> None:
         self._warmup_bars = dict(warmup_bars or {})
-        self._state = np.zeros(0, STATE_RECORD)
-        self._ring = np.zeros((0, DEPTH), RING_RECORD)
+        self._store = SeriesStore(STATE_RECORD, RING_RECORD, DEPTH)
         self._stale: set[int] = set()
         self._extended = False
         self.set_sets(sets)
@@ -77,10 +73,10 @@ class FeatureBank:
         out = np.full((len(rows), len(COLUMNS)), np.nan)
         counts = np.empty((len(rows), 2), np.int64)
         if len(rows):
-            self._reserve(int(rows.max()) + 1)
+            self._store.reserve(int(rows.max()) + 1)
             records = out.view(COLUMN_RECORD)[:, 0]
             bars = ohlcv.view(BAR_RECORD)[:, 0]
-            advance(rows, bars, restart, self._extended, self._state, self._ring, records, counts)
+            advance(rows, bars, restart, self._extended, self._store.state, self._store.ring, records, counts)
         return out[:, self._columns], counts[:, self._groups] >= self._warmup
 
     def changes(self, rows: NDArray[np.int64]) -> list[tuple[bytes, bytes]]:
@@ -92,69 +88,28 @@ class FeatureBank:
         stale = self._stale.difference(touched.tolist())
         self._stale.clear()
         series = np.concatenate([touched, np.array(sorted(stale), np.int64)])
-        return self._pack_series(series) + self._pack_ring(touched, bars)
+        new = np.minimum(bars, _held(self._store.state[touched]))
+        return self._store.pack_series(series) + self._store.pack_items(touched, new)
 
     def restore(self, fields: Mapping[bytes, bytes]) -> None:
         """Replace the whole state by a stored one; continuing is bit for bit the same.
 
         Raises StateCorruptError, and changes nothing, where a blob is wrong or missing.
         """
-        series_fields, ring_fields = split(fields)
-        series = unpack(series_fields, _SERIES_BLOB)
-        bars = unpack(ring_fields, _RING_BLOB)
-        size = int(max(series["row"].max(initial=-1), bars["row"].max(initial=-1))) + 1
-        state = np.zeros(size, STATE_RECORD)
-        state[series["row"]] = series["state"]
-        self._ring = _restore_ring(state, bars)
-        self._state = state
-        # Stored without the group, or with one no longer in use: from here on as a reload would.
-        self._stale = set()
+        self._store.restore(fields, _held)
+        self._stale.clear()
         if not self._extended:
             self._forget_extended()
 
-    def _reserve(self, rows: int) -> None:
-        self._state = grown(self._state, rows)
-        self._ring = grown(self._ring, rows)
-
     def _forget_extended(self) -> None:
         """Also in what is stored: else a crash would bring the group back for series without new bars."""
-        self._stale.update(np.flatnonzero(self._state["extended"]).tolist())
-        self._state["extended"] = 0
-
-    def _pack_series(self, rows: NDArray[np.int64]) -> list[tuple[bytes, bytes]]:
-        records = np.zeros(len(rows), _SERIES_BLOB)
-        records["row"] = rows
-        records["state"] = self._state[rows]
-        return pack([b"%d" % row for row in rows.tolist()], records)
-
-    def _pack_ring(self, rows: NDArray[np.int64], bars: NDArray[np.int64]) -> list[tuple[bytes, bytes]]:
-        counts = self._state["count"][rows]
-        new = np.minimum(np.minimum(bars, counts), DEPTH)
-        row = np.repeat(rows, new)
-        first = np.repeat(counts - new - (np.cumsum(new) - new), new)
-        index = first + np.arange(len(row))
-        slot = index & (DEPTH - 1)
-        records = np.zeros(len(row), _RING_BLOB)
-        records["row"] = row
-        records["life"] = self._state["life"][row]
-        records["index"] = index
-        records["bar"] = self._ring[row, slot]
-        names = [b"%d:%d" % pair for pair in zip(row.tolist(), slot.tolist(), strict=True)]
-        return pack(names, records)
+        self._stale.update(np.flatnonzero(self._store.state["extended"]).tolist())
+        self._store.state["extended"] = 0
 
 
-def _restore_ring(state: NDArray[Any], bars: NDArray[Any]) -> NDArray[Any]:
-    """The rings `[R, 64]`, from the bars of each series' present life only."""
-    owner = state[bars["row"]]
-    index = bars["index"]
-    live = bars[(bars["life"] == owner["life"]) & (index < owner["count"]) & (index >= owner["count"] - DEPTH)]
-    found = np.bincount(live["row"], minlength=len(state))
-    expected = np.minimum(state["count"], DEPTH)
-    for row in np.flatnonzero(found != expected):
-        raise StateCorruptError(b"%d" % row, f"{found[row]} bars of its ring found, {expected[row]} expected")
-    ring = np.zeros((len(state), DEPTH), RING_RECORD)
-    ring[live["row"], live["index"] & (DEPTH - 1)] = live["bar"]
-    return ring
+def _held(state: NDArray[Any]) -> NDArray[np.int64]:
+    held: NDArray[np.int64] = np.minimum(state["count"], DEPTH)
+    return held
 
 
 def _is_extended(feature_set: FeatureSet) -> bool:

@@ -9,11 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker.features.kernel import compiled
-from worker.features.packing import StateCorruptError, blob_record, grown, pack, split, unpack
+from worker.features.packing import SeriesStore
 
 _STATE_RECORD = np.dtype([("life", "<i8"), ("count", "<i8"), ("held", "<i8"), ("capacity", "<i8")])
 # life: restarts so far; count: vectors since then; held: those still in the ring.
-_SERIES_BLOB = blob_record(("state", _STATE_RECORD))
 
 
 @compiled
@@ -49,14 +48,13 @@ class SequenceWindows:
     def __init__(self, width: int, capacity: int = 64) -> None:
         self.width = width
         self.capacity = capacity
-        self._state = np.zeros(0, _STATE_RECORD)
-        self._ring = np.zeros((0, capacity, width))
-        self._ring_blob = blob_record(("life", "<i8"), ("index", "<i8"), ("vector", "<f8", (width,)))
+        self._store = SeriesStore(_STATE_RECORD, np.dtype(("<f8", (width,))), capacity)
 
     @property
     def counts(self) -> NDArray[np.int64]:
         """Vectors at hand of each series, at most `capacity`, `[R]`."""
-        return self._state["held"].copy()
+        counts: NDArray[np.int64] = self._store.state["held"].copy()
+        return counts
 
     def push(
         self,
@@ -77,70 +75,31 @@ class SequenceWindows:
         windows = np.empty((len(rows), length, self.width))
         full = np.empty(len(rows), np.bool_)
         if len(rows):
-            self._reserve(int(rows.max()) + 1)
-            _push(rows, vectors, restart, self._state, self._ring, windows, full)
+            self._store.reserve(int(rows.max()) + 1)
+            _push(rows, vectors, restart, self._store.state, self._store.ring, windows, full)
         return windows, full
 
     def changes(self, rows: NDArray[np.int64]) -> list[tuple[bytes, bytes]]:
         """What to store after a push with these `rows`: one blob a distinct row, one a new vector."""
         touched, pushed = np.unique(rows, return_counts=True)
+        state = self._store.state
+        held = state["held"][touched]
         # A series stored under another capacity has its vectors in other slots: store them all anew.
-        moved = self._state["capacity"][touched] != self.capacity
-        self._state["capacity"][touched] = self.capacity
-        held = self._state["held"][touched]
-        return self._pack_series(touched) + self._pack_ring(touched, np.where(moved, held, np.minimum(pushed, held)))
+        moved = state["capacity"][touched] != self.capacity
+        state["capacity"][touched] = self.capacity
+        new = np.where(moved, held, np.minimum(pushed, held))
+        return self._store.pack_series(touched) + self._store.pack_items(touched, new)
 
     def restore(self, fields: Mapping[bytes, bytes]) -> None:
         """Replace everything by what was stored; of a longer ring the newest vectors are kept.
 
         Raises StateCorruptError, and changes nothing, where a blob is wrong or missing.
         """
-        series_fields, ring_fields = split(fields)
-        series = unpack(series_fields, _SERIES_BLOB)
-        vectors = unpack(ring_fields, self._ring_blob)
-        size = int(max(series["row"].max(initial=-1), vectors["row"].max(initial=-1))) + 1
-        state = np.zeros(size, _STATE_RECORD)
-        state[series["row"]] = series["state"]
+        self._store.restore(fields, self._clip_held)
+
+    def _clip_held(self, state: NDArray[Any]) -> NDArray[np.int64]:
         state["held"] = np.minimum(state["held"], self.capacity)
-        self._ring = self._restore_ring(state, vectors)
-        self._state = state
-
-    def _restore_ring(self, state: NDArray[Any], vectors: NDArray[Any]) -> NDArray[np.float64]:
-        owner = state[vectors["row"]]
-        index = vectors["index"]
-        current = (vectors["life"] == owner["life"]) & (index < owner["count"])
-        live = vectors[current & (index >= owner["count"] - owner["held"])]
-        found = np.bincount(live["row"], minlength=len(state))
-        for row in np.flatnonzero(found != state["held"]):
-            raise StateCorruptError(b"%d" % row, f"{found[row]} vectors found, {state['held'][row]} expected")
-        ring = np.zeros((len(state), self.capacity, self.width))
-        ring[live["row"], live["index"] % self.capacity] = live["vector"]
-        return ring
-
-    def _reserve(self, rows: int) -> None:
-        known = len(self._state)
-        self._state = grown(self._state, rows)
-        self._state["capacity"][known:] = self.capacity
-        self._ring = grown(self._ring, rows)
-
-    def _pack_series(self, rows: NDArray[np.int64]) -> list[tuple[bytes, bytes]]:
-        records = np.zeros(len(rows), _SERIES_BLOB)
-        records["row"] = rows
-        records["state"] = self._state[rows]
-        return pack([b"%d" % row for row in rows.tolist()], records)
-
-    def _pack_ring(self, rows: NDArray[np.int64], new: NDArray[np.int64]) -> list[tuple[bytes, bytes]]:
-        row = np.repeat(rows, new)
-        first = np.repeat(self._state["count"][rows] - new - (np.cumsum(new) - new), new)
-        index = first + np.arange(len(row))
-        slot = index % self.capacity
-        records = np.zeros(len(row), self._ring_blob)
-        records["row"] = row
-        records["life"] = self._state["life"][row]
-        records["index"] = index
-        records["vector"] = self._ring[row, slot]
-        names = [b"%d:%d" % pair for pair in zip(row.tolist(), slot.tolist(), strict=True)]
-        return pack(names, records)
+        return state["held"]
 
     def _check(
         self, rows: NDArray[np.int64], vectors: NDArray[np.float64], restart: NDArray[np.bool_], length: int
