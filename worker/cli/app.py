@@ -112,9 +112,9 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
         # The reader went away, as in `quartet ... | head`; nothing is left to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # noqa: BLE001  what is not expected is raised again
         return _failure(error)
-    return result if isinstance(result, int) else 0
+    return result if type(result) is int else 0
 
 
 def _failure(error: BaseException) -> int:
