@@ -1,0 +1,333 @@
+"""Redis and Valkey: read a batch, commit it behind a fence, stand by for another instance.
+
+The epoch in the owner hash is the fence: taking over increments it, and a commit with an older one
+writes nothing. The lease only says who is alive. No write is ever retried blindly: after a lost
+reply the stored position tells whether the commit was applied.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+import msgpack
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    BusyLoadingError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+)
+from redis.exceptions import (
+    ConnectionError as RedisConnectionError,
+)
+from redis.exceptions import (
+    TimeoutError as RedisTimeoutError,
+)
+from redis.retry import Retry
+
+from streams.keys import Keys
+from streams.messages import Entry
+from streams.store import (
+    FIRST_ID,
+    Batch,
+    Commit,
+    FencedError,
+    InputPosition,
+    Position,
+    RewoundError,
+    Snapshot,
+    StoreMisuseError,
+    StoreUnavailableError,
+    StreamFacts,
+    check_input,
+    id_tuple,
+)
+
+OLDEST_SERVER = (7, 0)
+_AWAY = (RedisConnectionError, RedisTimeoutError, BusyLoadingError, OutOfMemoryError, ReadOnlyError)
+_CANNOT_WRITE = ("MISCONF", "OOM", "READONLY", "NOREPLICAS", "LOADING", "MASTERDOWN", "UNKILLABLE", "BUSY")
+
+# Take the lease if it is free or ours, and make everybody else's commits void.
+_ACQUIRE = """
+local holder = redis.call('GET', KEYS[2])
+if holder and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
+local clean = redis.call('HGET', KEYS[1], 'clean')
+redis.call('HSET', KEYS[1], 'instance', ARGV[1], 'clean', '0')
+local epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
+return {tostring(epoch), clean or '1'}
+"""
+
+# Keep the lease; where it ran out and nobody took it, take it again.
+_RENEW = """
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+
+_RELEASE = """
+if redis.call('HGET', KEYS[1], 'epoch') == ARGV[2] then redis.call('HSET', KEYS[1], 'clean', '1') end
+if redis.call('GET', KEYS[2]) == ARGV[1] then redis.call('DEL', KEYS[2]) end
+return 1
+"""
+
+# Note which entry is about to be processed alone; how often that was noted without a commit since.
+_MARK = """
+if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return -1 end
+if redis.call('HGET', KEYS[1], 'marked') ~= ARGV[2] then
+  redis.call('HSET', KEYS[1], 'marked', ARGV[2], 'marks', '0')
+end
+return redis.call('HINCRBY', KEYS[1], 'marks', 1)
+"""
+
+
+def connect(url: str, *, timeout_s: float = 5.0) -> redis.Redis:
+    """A client that never retries by itself: a write that is run twice would be worse than an error."""
+    return redis.Redis.from_url(
+        url,
+        protocol=2,
+        retry=Retry(NoBackoff(), 0),
+        retry_on_timeout=False,
+        socket_connect_timeout=timeout_s,
+        socket_timeout=timeout_s,
+        health_check_interval=0,
+    )
+
+
+def check_server(client: redis.Redis) -> str:
+    """The server's version. Raises `StoreMisuseError` on a server that cannot keep the promises."""
+    info = _guarded(client.info)
+    version = str(info.get("redis_version", "0"))
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_SERVER:
+        raise StoreMisuseError(f"the server is version {version}: Redis 7 or newer, or Valkey, is needed")
+    if info.get("redis_mode") == "cluster":
+        raise StoreMisuseError("the server is a Redis Cluster, which is not supported: a commit spans several keys")
+    policy = info.get("maxmemory_policy", "noeviction")
+    if policy != "noeviction":
+        raise StoreMisuseError(
+            f"maxmemory-policy is {policy}, which can drop state: set it to noeviction on the server"
+        )
+    return version
+
+
+def _guarded(call: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a command; an unreachable or unwilling server is `StoreUnavailableError`."""
+    try:
+        return call(*args, **kwargs)
+    except _AWAY as error:
+        raise StoreUnavailableError(str(error)) from error
+    except ResponseError as error:
+        if str(error).startswith(_CANNOT_WRITE):
+            raise StoreUnavailableError(str(error)) from error
+        raise
+
+
+class RedisStore:
+    """One stage of one namespace on a server. Needs `acquire` before `commit`."""
+
+    def __init__(
+        self, client: redis.Redis, keys: Keys, stage: str = "chain", *, lease_s: float = 2.0, retain: int = 1_000_000
+    ) -> None:
+        self.client = client
+        self.keys = keys
+        self.stage = stage
+        self.instance = uuid.uuid4().hex
+        self.epoch = 0
+        self.was_clean = True
+        self._lease_ms = max(1, round(lease_s * 1000))
+        self._retain = retain
+        self._committed = b""
+        self._script = files("streams").joinpath("commit.lua").read_text("utf-8")
+        self._sha: str | None = None
+        self._keys = (keys.owner(stage), keys.lease(stage))
+
+    def acquire(self) -> bool:
+        """Become the owner unless another instance is alive; makes every other's commits void."""
+        reply = _guarded(self.client.eval, _ACQUIRE, 2, *self._keys, self.instance, self._lease_ms)
+        if reply == 0:
+            return False
+        self.epoch, self.was_clean = int(reply[0]), reply[1] == b"1"
+        return True
+
+    def renew(self) -> bool:
+        """Keep the lease alive. For a thread with a client of its own: see `with_client`."""
+        return bool(_guarded(self.client.eval, _RENEW, 1, self._keys[1], self.instance, self._lease_ms))
+
+    def with_client(self, client: redis.Redis) -> RedisStore:
+        """The same instance over another connection."""
+        twin = RedisStore(client, self.keys, self.stage, lease_s=self._lease_ms / 1000, retain=self._retain)
+        twin.instance, twin.epoch = self.instance, self.epoch
+        return twin
+
+    def release(self) -> None:
+        """Say that this end was clean and let a standby take over at once."""
+        _guarded(self.client.eval, _RELEASE, 2, *self._keys, self.instance, str(self.epoch))
+
+    def mark(self, entry: Entry) -> int:
+        """Note that `entry` is about to be processed alone; how many times since the last other note."""
+        marked = f"{entry.key} {entry.id}"
+        count = int(_guarded(self.client.eval, _MARK, 1, self._keys[0], str(self.epoch), marked))
+        if count < 0:
+            raise FencedError(self._fenced("another epoch"))
+        return count
+
+    def load(self, parts: Sequence[str]) -> Snapshot:
+        """Position and state in one transaction. Raises `FencedError` where the epoch is not ours."""
+        pipe = self.client.pipeline(transaction=True)
+        pipe.hmget(self._keys[0], "epoch", "position")
+        for part in parts:
+            pipe.hgetall(self.keys.state(part))
+        (epoch, position), *state = _guarded(pipe.execute)
+        if self.epoch and int(epoch or 0) != self.epoch:
+            raise FencedError(self._fenced(epoch))
+        self._committed = position or b""
+        return Snapshot(Position.decode(self._committed), dict(zip(parts, state, strict=True)))
+
+    def read(self, position: Position, keys: Sequence[str], count: int) -> Batch:
+        """Entries after `position` and the facts of each stream, at one moment.
+
+        Raises `InputLostError` where an input no longer holds what follows the position.
+        """
+        pipe = self.client.pipeline(transaction=True)
+        for key in keys:
+            pipe.xinfo_stream(key)
+        pipe.xread({key: _after(position, key) for key in keys}, count=count)
+        *infos, streams = _guarded(pipe.execute, raise_on_error=False)
+        facts = {key: _facts(key, info) for key, info in zip(keys, infos, strict=True)}
+        known = {key: fact for key, fact in facts.items() if fact is not None}
+        for key, fact in known.items():
+            if key in position.inputs:
+                check_input(key, position.inputs[key], fact)
+        if isinstance(streams, Exception):
+            raise _translated(streams)
+        return Batch(_merged(streams, count), known)
+
+    def wait(self, position: Position, keys: Sequence[str], timeout_s: float) -> bool:
+        """Block until an entry follows `position`, at most `timeout_s` seconds."""
+        after = {key: _after(position, key) for key in keys}
+        return bool(_guarded(self.client.xread, after, count=1, block=max(1, round(timeout_s * 1000))))
+
+    def commit(self, commit: Commit) -> None:
+        """One atomic commit; safe to call again with the same one after `StoreUnavailableError`."""
+        position = commit.position.encode()
+        keys, packed = self._packed(commit)
+        reply = self._run_commit(keys, position, packed)
+        if reply[0] == b"MOVED":
+            self._judge_move(reply[1], reply[2], position)
+        elif reply[0] != b"OK":
+            raise StoreMisuseError(_misuse(reply))
+        self._committed = position
+
+    def _run_commit(self, keys: Sequence[str], position: bytes, packed: bytes) -> list[bytes]:
+        arguments = (len(keys), *keys, str(self.epoch), self._committed, position, packed)
+        if self._sha is None:
+            self._sha = _guarded(self.client.script_load, self._script)
+        try:
+            return _guarded(self.client.evalsha, self._sha, *arguments)  # type: ignore[no-any-return]
+        except NoScriptError:
+            self._sha = _guarded(self.client.script_load, self._script)
+            return _guarded(self.client.evalsha, self._sha, *arguments)  # type: ignore[no-any-return]
+
+    def _judge_move(self, epoch: bytes, stored: bytes, position: bytes) -> None:
+        """Tell apart why the server's position is not the one that this batch starts from."""
+        if int(epoch or 0) > self.epoch:
+            raise FencedError(self._fenced(epoch))
+        if int(epoch or 0) == self.epoch and stored == position:
+            return  # an earlier try was applied and its reply lost
+        raise RewoundError(
+            f"the server holds an earlier position than was committed (epoch {epoch!r}, position {stored!r}): "
+            "it lost its latest writes"
+        )
+
+    def _packed(self, commit: Commit) -> tuple[list[str], bytes]:
+        """The keys of the script, the owner first, and the batch with keys as numbers."""
+        numbers: dict[str, int] = {self._keys[0]: 1}
+
+        def number(key: str) -> int:
+            return numbers.setdefault(key, len(numbers) + 1)
+
+        outputs = [[number(o.key), self._retain, o.ids, o.payloads] for o in commit.outputs if o.ids]
+        appends = [[number(key), self._retain, rows] for key, rows in commit.appends.items() if rows]
+        hashes = [
+            [number(self.keys.state(part)), [x for pair in fields for x in pair]]
+            for part, fields in commit.state.items()
+            if fields
+        ]
+        drops = [number(self.keys.state(part)) for part in commit.drops]
+        packed: bytes = msgpack.packb([outputs, appends, hashes, drops], use_bin_type=False)
+        return list(numbers), packed
+
+    def _fenced(self, epoch: Any) -> str:
+        return (
+            f"another instance took over {self.keys.namespace}:{self.stage} "
+            f"(its epoch is {epoch!r}, ours {self.epoch}); nothing was written"
+        )
+
+    def append(self, key: str, entries: Iterable[dict[Any, Any]], *, maxlen: int | None = None) -> None:
+        """Publish entries with IDs made by the server: for feeds and replays, not for stages."""
+        pipe = self.client.pipeline(transaction=False)
+        for fields in entries:
+            pipe.xadd(key, fields, maxlen=maxlen, approximate=True)
+        _guarded(pipe.execute)
+
+    def lengths(self, keys: Sequence[str]) -> dict[str, int]:
+        """Entries in each stream."""
+        pipe = self.client.pipeline(transaction=False)
+        for key in keys:
+            pipe.xlen(key)
+        return dict(zip(keys, _guarded(pipe.execute), strict=True))
+
+
+def _after(position: Position, key: str) -> str:
+    known = position.inputs.get(key)
+    return known.id if known else FIRST_ID
+
+
+def _facts(key: str, info: Any) -> StreamFacts | None:
+    """Facts of one stream; None where it does not exist yet."""
+    if isinstance(info, Exception):
+        if "no such key" in str(info):
+            return None
+        raise _translated(info, key)
+    return StreamFacts(info["length"], info["entries-added"], info["last-generated-id"].decode())
+
+
+def _translated(error: Exception, key: str = "") -> Exception:
+    if "WRONGTYPE" in str(error):
+        return StoreMisuseError(f"input {key or 'key'} is not a stream: name another with --bars, or delete it")
+    return error
+
+
+def _merged(streams: Any, count: int) -> list[Entry]:
+    """The entries of all inputs in the order of their IDs, at most `count`."""
+    entries = [
+        Entry(key.decode(), entry_id.decode(), fields) for key, rows in streams or () for entry_id, fields in rows
+    ]
+    if len(streams or ()) > 1:
+        entries.sort(key=lambda entry: id_tuple(entry.id))
+    return entries[:count]
+
+
+def _misuse(reply: list[bytes]) -> str:
+    kind, key, *rest = (part.decode(errors="replace") for part in reply)
+    if kind == "TYPE":
+        return f"key {key} holds a {rest[0]}, not what this program writes: rename the namespace or delete the key"
+    return (
+        f"stream {key} ends at {rest[0]}, past the next output {rest[1]}: another program writes to it, or the input "
+        "was recreated; use another --namespace, or delete the outputs and the state to start again"
+    )
+
+
+def with_baseline(position: Position, facts: Mapping[str, StreamFacts]) -> Position:
+    """The position with an entry for every input that was met for the first time.
+
+    What was trimmed from it before it was met is not this stage's loss.
+    """
+    new = {k: InputPosition(FIRST_ID, f.added - f.length) for k, f in facts.items() if k not in position.inputs}
+    return Position({**position.inputs, **new}, position.last_output_id) if new else position

@@ -1,0 +1,180 @@
+"""What an engine needs of a place that keeps streams: read, and one fenced commit a batch.
+
+`streams.redis.RedisStore` is the real one; `streams.memory.MemoryStore` keeps everything in this
+process, for replay and for users' own tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from streams.codec import from_json, to_json
+from streams.messages import Entry
+
+FIRST_ID = "0-0"
+
+
+class StoreUnavailableError(Exception):
+    """The server cannot be reached or cannot write now; nothing is known to have been written."""
+
+
+class FencedError(Exception):
+    """Another instance owns this stage: nothing was written and nothing may be."""
+
+
+class RewoundError(Exception):
+    """The server holds an earlier position than was committed: it lost its latest writes."""
+
+
+class StoreMisuseError(Exception):
+    """A key of ours holds something else, or an output stream is ahead: a person has to look."""
+
+
+class InputLostError(Exception):
+    """Entries of an input are gone before they were read. `lost` is how many, exactly."""
+
+    def __init__(self, key: str, lost: int, what: str) -> None:
+        super().__init__(
+            f"input {key}: {what}. Nothing was skipped: find out why, then start once with --accept-gap to count "
+            f"{lost} entries as lost, go on, and warm every symbol up again"
+        )
+        self.key = key
+        self.lost = lost
+
+
+@dataclass(frozen=True, slots=True)
+class InputPosition:
+    """How far an input was read: the last ID, and how many entries were ever added up to it."""
+
+    id: str
+    consumed: int
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a stage is: each input's position, and the last ID it gave out."""
+
+    inputs: Mapping[str, InputPosition] = field(default_factory=dict)
+    last_output_id: str = FIRST_ID
+
+    def encode(self) -> bytes:
+        """The bytes that a commit compares; the same position has the same bytes."""
+        inputs = {key: [p.id, p.consumed] for key, p in sorted(self.inputs.items())}
+        return to_json({"inputs": inputs, "last_output_id": self.last_output_id})
+
+    @classmethod
+    def decode(cls, data: bytes) -> Position:
+        if not data:
+            return cls()
+        value = from_json(data)
+        inputs = {key: InputPosition(*pair) for key, pair in value["inputs"].items()}
+        return cls(inputs, value["last_output_id"])
+
+    def advanced(self, entries: Sequence[Entry], last_output_id: str) -> Position:
+        """The position after `entries`, which follow it in each input."""
+        inputs = dict(self.inputs)
+        for entry in entries:
+            inputs[entry.key] = InputPosition(entry.id, inputs[entry.key].consumed + 1)
+        return replace(self, inputs=inputs, last_output_id=last_output_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Entries for one output stream, each with its ID and the bytes of its `data`."""
+
+    key: str
+    ids: Sequence[str]
+    payloads: Sequence[bytes]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Everything that one batch changes. `appends` are flat fields with IDs made by the server."""
+
+    position: Position
+    outputs: Sequence[Output] = ()
+    appends: Mapping[str, Sequence[Sequence[bytes]]] = field(default_factory=dict)
+    state: Mapping[str, Sequence[tuple[bytes, bytes]]] = field(default_factory=dict)
+    drops: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StreamFacts:
+    """What the server says of a stream: entries in it, ever added to it, and its last ID."""
+
+    length: int
+    added: int
+    last_id: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Entries read, in order, and the facts of each input at the same moment."""
+
+    entries: Sequence[Entry]
+    facts: Mapping[str, StreamFacts]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What was committed: the position and every part of the state, read at one moment."""
+
+    position: Position
+    state: Mapping[str, Mapping[bytes, bytes]]
+
+
+class Store(Protocol):
+    """One stage's access to its streams. Not for use by several threads, `renew` excepted."""
+
+    def acquire(self) -> bool:
+        """Try to become the owner; False while another instance is alive."""
+        ...
+
+    def renew(self) -> bool:
+        """Keep the lease; False where another instance holds it."""
+        ...
+
+    def release(self) -> None:
+        """Give the lease up after a clean end, so that a standby takes over at once."""
+        ...
+
+    def load(self, parts: Sequence[str]) -> Snapshot:
+        """Position and state at one moment."""
+        ...
+
+    def read(self, position: Position, keys: Sequence[str], count: int) -> Batch:
+        """At most `count` entries after `position`, without waiting."""
+        ...
+
+    def wait(self, position: Position, keys: Sequence[str], timeout_s: float) -> bool:
+        """Wait for an entry after `position`; whether there is one."""
+        ...
+
+    def commit(self, commit: Commit) -> None:
+        """Write everything or nothing, once.
+
+        Raises `FencedError`, `RewoundError`, `StoreUnavailableError` (the outcome may be unknown:
+        call again with the same commit) or `StoreMisuseError`.
+        """
+        ...
+
+
+def check_input(key: str, position: InputPosition, facts: StreamFacts) -> None:
+    """Raise `InputLostError` where the input was trimmed past the position, recreated or rewound."""
+    if facts.added < position.consumed:
+        what = f"it was recreated: {position.consumed} entries were added up to the position, now only {facts.added}"
+        raise InputLostError(key, max(0, facts.added - facts.length), what)
+    if id_tuple(facts.last_id) < id_tuple(position.id):
+        what = f"it was rewound: its last ID {facts.last_id} is before the position {position.id}"
+        raise InputLostError(key, max(0, facts.added - facts.length), what)
+    lost = facts.added - facts.length - position.consumed
+    if lost > 0:
+        raise InputLostError(key, lost, f"{lost} entries were trimmed before they were read")
+
+
+def id_tuple(entry_id: str) -> tuple[int, int]:
+    """An entry ID as a pair of integers, which compare as the server compares."""
+    ms, _, seq = entry_id.partition("-")
+    return int(ms), int(seq or 0)

@@ -1,0 +1,116 @@
+"""The last stage: the votes on a bar become one signal. Whatever is not `ok` is a HOLD.
+
+A pure function of the ballots, row by row: the definitions of the counts, the weights and the order
+of the statuses are those of the contract.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streams.messages import Action, AgentState, Status
+from worker.batches import STATE_CODE, Ballot, Signals
+
+TIE = 1e-12
+CANARY_SHARE = 0.10
+"""The share of the weight that a canary takes, the others sharing the rest in proportion."""
+
+_UNLOADED = (STATE_CODE[AgentState.LOADING], STATE_CODE[AgentState.REFUSED])
+_ACTIVE = STATE_CODE[AgentState.ACTIVE]
+_CANARY = STATE_CODE[AgentState.CANARY]
+_ACTIONS = (Action.SELL, Action.HOLD, Action.BUY)
+
+
+def decide(
+    ballots: Sequence[Ballot],
+    *,
+    configured: int,
+    quorum: int,
+    withheld: NDArray[np.bool_],
+    stale: NDArray[np.bool_],
+) -> Signals:
+    """One signal for each of R rows, from the ballots of all agents in their fixed order.
+
+    `configured` is the number of agents in the settings; canaries and shadows come as further
+    ballots. `withheld` and `stale` `[R]` say on which rows the feed or the bar forbids a signal.
+    """
+    action = np.stack([b.action for b in ballots], axis=1)
+    confidence = np.stack([b.confidence for b in ballots], axis=1)
+    state = np.stack([b.state for b in ballots], axis=1)
+    named = action != Action.ABSTAIN
+    counts = np.array([not b.agent.endswith("_canary") for b in ballots])
+    voting = named & (state == _ACTIVE)
+    canary = named & (state == _CANARY)
+    effective = effective_weights(np.array([b.weight for b in ballots]), voting, canary)
+
+    winner, tied = _winner(action, effective)
+    agrees = (action == winner[:, None]) & (voting | canary) & ~tied[:, None]
+    agreeing = (agrees & voting).sum(axis=1)
+    n_voting = voting.sum(axis=1)
+    agreement = np.divide(agreeing, n_voting, out=np.zeros(len(winner)), where=n_voting > 0)
+    status = _status(winner, tied, agreeing, n_voting, quorum, withheld, stale)
+    silent = np.isin(status, (Status.WITHHELD, Status.STALE, Status.BELOW_QUORUM))
+    return Signals(
+        action=np.where(status == Status.OK, winner, Action.HOLD).astype(np.int8),
+        confidence=np.where(silent, 0.0, _sum_columns(np.where(agrees, effective * confidence, 0.0))),
+        agreement=agreement,
+        loaded=(~np.isin(state, _UNLOADED) & counts).sum(axis=1),
+        eligible=(state == _ACTIVE).sum(axis=1),
+        voting=n_voting,
+        agreeing=agreeing,
+        status=tuple(status.tolist()),
+        effective=effective,
+        configured=configured,
+        quorum=quorum,
+    )
+
+
+def effective_weights(
+    weights: NDArray[np.float64], voting: NDArray[np.bool_], canary: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """The configured weights renormalised over the voting `[R, A]`; a canary's share comes first."""
+    base = np.where(voting, weights, 0.0)
+    total = _sum_columns(base)
+    share = np.divide(base, total[:, None], out=np.zeros_like(base), where=total[:, None] > 0)
+    canaries = canary.sum(axis=1)
+    taken = np.where(total > 0, CANARY_SHARE * canaries, 0.0)
+    return np.where(canary, CANARY_SHARE, share * (1.0 - taken)[:, None])
+
+
+def _winner(action: NDArray[np.int8], effective: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The action of the largest effective weight, and whether another is within 1e-12 of it."""
+    weight = np.stack([_sum_columns(np.where(action == a, effective, 0.0)) for a in _ACTIONS], axis=1)
+    ranked = np.sort(weight, axis=1)
+    return weight.argmax(axis=1), ranked[:, -1] - ranked[:, -2] <= TIE
+
+
+def _sum_columns(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The row sums `[R]`, added column by column so that a row's bits depend on that row alone."""
+    total = np.zeros(len(values))
+    for column in values.T:
+        total = total + column
+    return total
+
+
+def _status(
+    winner: NDArray[np.int64],
+    tied: NDArray[np.bool_],
+    agreeing: NDArray[np.int64],
+    voting: NDArray[np.int64],
+    quorum: int,
+    withheld: NDArray[np.bool_],
+    stale: NDArray[np.bool_],
+) -> NDArray[np.str_]:
+    is_hold = winner == Action.HOLD
+    conditions = [
+        withheld,
+        stale,
+        voting < quorum,
+        tied | (~is_hold & (agreeing < quorum)),
+        is_hold,
+    ]
+    choices = [Status.WITHHELD, Status.STALE, Status.BELOW_QUORUM, Status.NO_AGREEMENT, Status.HOLD]
+    return np.select(conditions, [np.array(str(c)) for c in choices], default=np.array(str(Status.OK)))

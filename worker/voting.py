@@ -1,0 +1,219 @@
+"""The agent stages: feature vectors in, one ballot an agent out, models side by side.
+
+An agent without a loaded, matched and probed model abstains with its reason; there is no other way
+to a vote than through `agents.agent.Model`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from agents.agent import Model, Refusal
+from streams.contracts import FEATURE_SETS, FeatureSet
+from streams.messages import Action, AgentState, Reason
+from worker.batches import STATE_CODE, Ballot, Vectors
+from worker.features.windows import SequenceWindows
+
+log = structlog.get_logger()
+
+Windows = tuple[NDArray[np.float64], NDArray[np.bool_]]
+"""The windows `[R, L, C]` that end at the voted rows, and which of them are full `[R]`."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One configured agent: its weight, and either its model or why it has none."""
+
+    agent: str
+    weight: float
+    model: Model | None = None
+    refusal: Refusal | None = None
+
+    @property
+    def sha256(self) -> str | None:
+        """The hash of the artifact in use."""
+        return None if self.model is None else self.model.sha256
+
+
+class AgentStage:
+    """One agent. `active` once any series has had its full window; until then it is warming up."""
+
+    def __init__(self, seat: Seat, *, active: bool = False) -> None:
+        self.seat = seat
+        self.active = active
+
+    @property
+    def state(self) -> AgentState:
+        """What the agent is now, between two batches."""
+        if self.seat.model is None:
+            return AgentState.REFUSED
+        return AgentState.ACTIVE if self.active else AgentState.WARMING_UP
+
+    @property
+    def reason(self) -> str | None:
+        if self.seat.refusal is not None:
+            return str(self.seat.refusal.reason)
+        return None if self.active else str(Reason.INSUFFICIENT_HISTORY)
+
+    def vote(self, vectors: Vectors, windows: Mapping[str, Windows]) -> Ballot:
+        """The agent's ballot over the voted rows of `vectors`."""
+        model = self.seat.model
+        if model is None:
+            return self._abstain_all(len(vectors.index))
+        x, full = self._inputs(model, vectors, windows)
+        return self._ballot(model, x, full)
+
+    def _inputs(
+        self, model: Model, vectors: Vectors, windows: Mapping[str, Windows]
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        if model.window == 1:
+            columns = [vectors.names.index(name) for name in model.features]
+            return vectors.values[np.ix_(vectors.index, columns)], vectors.ready[model.feature_set][vectors.index]
+        sequences, full = windows[f"{model.feature_set}/{model.window}"]
+        features = FEATURE_SETS[model.feature_set].features
+        if model.features == features:
+            return sequences, full
+        return sequences[:, :, [features.index(name) for name in model.features]], full
+
+    def _abstain_all(self, rows: int) -> Ballot:
+        assert self.seat.refusal is not None  # noqa: S101 - a seat has a model or a refusal
+        return Ballot(
+            agent=self.seat.agent,
+            version=None,
+            weight=self.seat.weight,
+            action=np.full(rows, Action.ABSTAIN, dtype=np.int8),
+            confidence=np.zeros(rows),
+            outputs=None,
+            answered=np.zeros(rows, dtype=np.bool_),
+            state=np.full(rows, STATE_CODE[AgentState.REFUSED], dtype=np.int8),
+            reason=(str(self.seat.refusal.reason),) * rows,
+        )
+
+    def _ballot(self, model: Model, x: NDArray[np.float64], full: NDArray[np.bool_]) -> Ballot:
+        rows = len(full)
+        outputs = np.full((rows, model.outputs), np.nan)
+        action = np.full(rows, Action.ABSTAIN, dtype=np.int8)
+        confidence = np.zeros(rows)
+        reason: list[str | None] = [None if ok else str(Reason.INSUFFICIENT_HISTORY) for ok in full]
+
+        finite = full & np.isfinite(x).reshape(rows, -1).all(axis=1) if rows else full
+        failed = self._predict(model, x, finite, outputs)
+        answered = finite & np.isfinite(outputs).all(axis=1)
+        if answered.any():
+            action[answered], confidence[answered] = model.head.decide(outputs[answered])
+        for row in np.flatnonzero(full & ~answered):
+            reason[row] = str(Reason.ERROR_RATE if row in failed else Reason.NON_FINITE_OUTPUT)
+        return Ballot(
+            agent=self.seat.agent,
+            version=model.version,
+            weight=self.seat.weight,
+            action=action,
+            confidence=confidence,
+            outputs=outputs,
+            answered=answered,
+            state=self._states(full),
+            reason=tuple(reason),
+        )
+
+    def _predict(
+        self, model: Model, x: NDArray[np.float64], rows: NDArray[np.bool_], outputs: NDArray[np.float64]
+    ) -> set[int]:
+        """Fill `outputs` for `rows`; a row that raises is tried alone, so that it fails alone."""
+        if not rows.any():
+            return set()
+        try:
+            outputs[rows] = model.predict(x[rows])
+        except Exception as error:  # noqa: BLE001 - whatever a model raises is an abstention, never the end of the worker
+            log.warning("prediction failed", agent=self.seat.agent, reason=str(Reason.ERROR_RATE), detail=repr(error))
+            return self._predict_alone(model, x, rows, outputs)
+        return set()
+
+    def _predict_alone(
+        self, model: Model, x: NDArray[np.float64], rows: NDArray[np.bool_], outputs: NDArray[np.float64]
+    ) -> set[int]:
+        failed: set[int] = set()
+        for row in np.flatnonzero(rows).tolist():
+            try:
+                outputs[row] = model.predict(x[row : row + 1])[0]
+            except Exception:  # noqa: BLE001 - logged once for the batch, counted by reason for the row
+                failed.add(row)
+        return failed
+
+    def _states(self, full: NDArray[np.bool_]) -> NDArray[np.int8]:
+        """Warming up until the first row with a full window, active from that row on."""
+        reached = np.logical_or.accumulate(full) | self.active if len(full) else full
+        self.active = bool(self.active or full.any())
+        return np.where(reached, STATE_CODE[AgentState.ACTIVE], STATE_CODE[AgentState.WARMING_UP]).astype(np.int8)
+
+
+class VotingStage:
+    """All agent stages and the sequence windows they share, one ring a feature set."""
+
+    def __init__(self, seats: Sequence[Seat], *, capacity: int = 64) -> None:
+        self.stages = [AgentStage(seat) for seat in seats]
+        self._capacity = capacity
+        self._windows: dict[str, SequenceWindows] = {}
+        self._threads = ThreadPoolExecutor(max_workers=max(len(seats), 1), thread_name_prefix="agent")
+        self._open_windows()
+
+    @property
+    def feature_sets(self) -> tuple[FeatureSet, ...]:
+        """The sets that the loaded models read."""
+        return tuple(dict.fromkeys(FEATURE_SETS[m.feature_set] for m in self._models()))
+
+    def _models(self) -> list[Model]:
+        return [stage.seat.model for stage in self.stages if stage.seat.model is not None]
+
+    def _lengths(self, name: str) -> list[int]:
+        return sorted({m.window for m in self._models() if m.window > 1 and m.feature_set == name})
+
+    def _open_windows(self) -> None:
+        for feature_set in self.feature_sets:
+            if self._lengths(feature_set.name) and feature_set.name not in self._windows:
+                self._windows[feature_set.name] = SequenceWindows(len(feature_set), self._capacity)
+
+    def reseat(self, seat: Seat) -> None:
+        """Swap one agent's model between two batches; its place and its warm-up stay."""
+        for place, stage in enumerate(self.stages):
+            if stage.seat.agent == seat.agent:
+                self.stages[place] = AgentStage(seat, active=stage.active)
+        self._open_windows()
+
+    def vote(self, vectors: Vectors) -> list[Ballot]:
+        """One ballot an agent, in the order of the seats; the models run side by side."""
+        windows = self._push(vectors)
+        jobs = [self._threads.submit(stage.vote, vectors, windows) for stage in self.stages]
+        return [job.result() for job in jobs]
+
+    def _push(self, vectors: Vectors) -> dict[str, Windows]:
+        """Append the ready vectors to their rings and cut out the windows that the models read."""
+        cut: dict[str, Windows] = {}
+        accepted = vectors.accepted
+        for name, ring in self._windows.items():
+            columns = [vectors.names.index(feature) for feature in FEATURE_SETS[name].features]
+            lengths = self._lengths(name) or [1]
+            windows, held = ring.push(
+                accepted.rows, vectors.values[:, columns], lengths[-1], vectors.ready[name], accepted.restart
+            )
+            windows, held = windows[vectors.index], held[vectors.index]
+            for length in lengths:
+                cut[f"{name}/{length}"] = windows[:, lengths[-1] - length :, :], held >= length
+        return cut
+
+    def changes(self, rows: NDArray[np.int64]) -> dict[str, list[tuple[bytes, bytes]]]:
+        """The window fields to store, by feature set, after a batch with these series `rows`."""
+        return {name: ring.changes(rows) for name, ring in self._windows.items()}
+
+    def restore(self, name: str, fields: Mapping[bytes, bytes]) -> None:
+        """Take up the windows of a feature set, where a loaded model reads them."""
+        if name in self._windows:
+            self._windows[name].restore(fields)
+
+    def close(self) -> None:
+        self._threads.shutdown()
