@@ -41,18 +41,28 @@ class FencedOff(QuartetError):
 def expected(error: BaseException) -> QuartetError | None:
     """The `QuartetError` that `error` amounts to, or None where it is a defect of ours.
 
-    The streams layer knows nothing of exit codes, so its errors are translated here and only here.
+    The layers below know nothing of exit codes, so their errors are translated here and only here.
     """
     if isinstance(error, QuartetError):
         return error
-    import redis  # noqa: PLC0415  only a failure pays for this import
+    # Only a failure pays for these imports.
+    import redis  # noqa: PLC0415
 
+    from agents.agent import Refused  # noqa: PLC0415
+    from streams import codec, store  # noqa: PLC0415
     from streams.embedded import EmbeddedError  # noqa: PLC0415
 
-    if isinstance(error, EmbeddedError):
-        return Unavailable(str(error))
+    text = str(error)
+    if isinstance(error, store.FencedError):
+        return FencedOff(text)
+    if isinstance(error, EmbeddedError | store.StoreUnavailableError):
+        return Unavailable(text)
     if isinstance(error, redis.AuthenticationError):
-        return Unavailable(f"Redis refused the login: {error}; check the user and password in --redis")
+        return Unavailable(f"Redis refused the login: {text}; check the user and password in --redis")
     if isinstance(error, redis.ConnectionError | redis.TimeoutError):
-        return Unavailable(f"Redis is not reachable: {error}; check --redis and that the server runs")
+        return Unavailable(f"Redis is not reachable: {text}; check --redis and that the server runs")
+    if isinstance(
+        error, store.InputLostError | store.RewoundError | store.StoreMisuseError | codec.StateCorruptError | Refused
+    ):
+        return CheckFailed(text)
     return None

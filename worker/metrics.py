@@ -22,16 +22,12 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from streams.messages import AGENTS, Action, AgentState, Reason, Status
+from streams.validation import REASONS
+from worker.intake import FLAGS, OUTCOMES
 
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
-OUTCOMES = ("accepted", "rejected", "duplicate", "unclosed", "lost")
-FLAGS = ("gap", "late", "jump", "frozen", "stale")
-STAGES = ("read", "validate", "features", "agents", "consensus", "commit")
-REJECT_REASONS = tuple(
-    "not_finite type missing_field price_sign volume_sign magnitude ohlc revision out_of_order future unit grid "
-    "interval oversize encoding symbol symbol_cap poison".split()
-)
+STAGES = ("read", "intake", "features", "agents", "consensus", "pack", "commit")
 COMMIT_RESULTS = ("ok", "fenced", "unavailable", "lost_reply", "out_of_memory", "read_only", "error")
 CRITERIA = tuple(
     str(r) for r in (Reason.ACTION_COLLAPSE, Reason.DEAD_ZONE, Reason.FLAT_CONFIDENCE, Reason.NARROW_RANGE)
@@ -61,7 +57,7 @@ class Metrics:
         self._flags = _Counts(registry, "quartet_bar_flags", "Accepted bars that were flagged", "flag")
         self._flags.touch(FLAGS)
         self._rejected = _Counts(registry, "quartet_rejected", "Refused entries", "stage", "reason")
-        self._rejected.touch(("validate",), REJECT_REASONS)
+        self._rejected.touch(("intake",), REASONS)
 
     def _declare_agents(self, registry: CollectorRegistry) -> None:
         def gauge(name: str, text: str, *labels: str) -> Gauge:
