@@ -43,7 +43,7 @@ class ColumnScaler:
         if x.shape[-1] != self.width:
             raise ValueError(f"the scaler has {self.width} columns, the rows {x.shape[-1]}")
         y = np.array(x, dtype=np.float64)
-        if self.kind == "minmax":
+        if self.kind == "minmax" and self.mean is not None and self.scale is not None:
             y *= self.scale
             y += self.mean
             return y if self.clip is None else np.clip(y, *self.clip, out=y)
