@@ -1,0 +1,76 @@
+"""What all tests share: real servers, and the rule that a missing part never hides a failure.
+
+`pytest` alone skips what this machine lacks; with `CI=true` the same test fails. Every server is
+a child of the test process and is stopped by its own process id.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from streams import embedded
+from tests.helpers import ROOT, answers, free_port, missing, wait_for
+
+# Compiled kernels are kept between runs and shared by workers and by the programs that tests start.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(ROOT / ".quartet" / "numba"))
+for variable in [name for name in os.environ if name.startswith("QUARTET_") and not name.startswith("QUARTET_TEST_")]:
+    del os.environ[variable]
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def needs() -> Callable[[str], str]:
+    """Give the path of a program, or skip; `needs("promtool")`."""
+
+    def find(program: str) -> str:
+        path = shutil.which(program)
+        if path is None:
+            missing(f"the program {program}")
+        return str(path)
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of an embedded Valkey that lives as long as the session."""
+    with embedded.start(tmp_path_factory.mktemp("valkey")) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+def redis7(tmp_path_factory: pytest.TempPathFactory, needs: Callable[[str], str]) -> Iterator[str]:
+    """The URL of a redis-server of this machine's own, which lives as long as the session."""
+    program = needs("redis-server")
+    directory = tmp_path_factory.mktemp("redis")
+    port = free_port()
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    with (directory / "redis.log").open("wb") as log:
+        child = subprocess.Popen([program, *options], cwd=directory, stdout=log, stderr=subprocess.STDOUT)
+    url = f"redis://127.0.0.1:{port}/0"
+    try:
+        wait_for(lambda: answers(url) or child.poll() is not None)
+        assert child.poll() is None, (directory / "redis.log").read_text()
+        yield url
+    finally:
+        child.terminate()
+        child.wait(10)
+
+
+@pytest.fixture(params=["valkey", "redis7"])
+def server(request: pytest.FixtureRequest) -> str:
+    """The URL of each kind of server in turn. Use `namespace` to keep apart from other tests."""
+    return str(request.getfixturevalue(request.param))
+
+
+@pytest.fixture
+def namespace() -> str:
+    """A namespace that no other test uses."""
+    return f"t{os.getpid()}x{next(_numbers)}"
