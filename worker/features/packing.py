@@ -95,7 +95,10 @@ class SeriesStore:
         index = items["index"]
         present = (items["life"] == owner["life"]) & (index < owner["count"])
         live = items[present & (index >= owner["count"] - held[items["row"]])]
-        found = np.bincount(live["row"], minlength=len(state))
+        # After a change of capacity an item may still be in its old slot too: count each once.
+        there = np.zeros((len(state), self._capacity), np.bool_)
+        there[live["row"], live["index"] % self._capacity] = True
+        found = there.sum(axis=1)
         for row in np.flatnonzero(found != held):
             raise StateCorruptError(b"%d" % row, f"{found[row]} items of its ring found, {held[row]} expected")
         ring = np.zeros((len(state), self._capacity), self._item)
