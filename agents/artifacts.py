@@ -8,61 +8,26 @@ scaler, then metadata), architecture, features, scaler, contract, golden vectors
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
-import orjson
-
-from agents import matching, probe, scalers
-from agents.agent import Built, Family, Model, Refusal, Refused
+from agents import matching, probe, sidecars
+from agents.agent import Built, Family, Head, Model, Refusal, Refused, Scaler
 from agents.discovery import PATTERN, Candidate, discover, misnamed, read_once
 from agents.heads import CLASSES, head_for
-from streams.messages import AGENTS, Reason
+from agents.sidecars import LoadOptions
+from streams.messages import AGENTS, AgentState, Reason
 
 __all__ = ["Candidate", "LoadOptions", "Loading", "discover", "inspect", "load", "load_agent", "misnamed"]
-
-DEFAULT_THRESHOLD = 0.001
-"""Least expected return that is acted on, a fraction of the price, where nothing else is set."""
-
-DEFAULT_RESIDUAL_STD = 0.002
-"""Deviation of the true from the expected return, a fraction of the price, where nothing else is set."""
-
-DEFAULT_MAX_BYTES = 512 * 2**20
-SIDECAR_MAX_BYTES = 16 * 2**20
 
 _FAMILIES = MappingProxyType(
     {"xgboost": "agents.xgb", "lightgbm": "agents.lgbm", "nhits": "agents.nhits", "patchtst": "agents.patchtst"}
 )
 _SEQUENCE = frozenset({"nhits", "patchtst"})
-_GENERIC_SCALERS = MappingProxyType(
-    {
-        "xgboost": ("xgboost_scaler.json", "xgboost_scaler.pkl", "xgb_scaler.json", "xgb_scaler.pkl"),
-        "lightgbm": ("lightgbm_scaler.json", "lightgbm_scaler.pkl", "lgbm_scaler.json", "lgbm_scaler.pkl"),
-        "nhits": ("nhits_scaler.json", "nhits_scaler.pkl"),
-        "patchtst": ("patchtst_scaler.json", "patchtst_scaler.pkl"),
-    }
-)
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """Settings of loading, by agent where they are mappings.
-
-    `allow_unscaled`: agents whose artifacts may come without a scaler. `threshold` and `residual_std`:
-    fractions of the price for regressors whose metadata have none (0.001 and 0.002 unless set).
-    `max_bytes`: the largest model file that is read.
-    """
-
-    allow_unscaled: frozenset[str] = frozenset()
-    threshold: Mapping[str, float] = field(default_factory=dict)
-    residual_std: Mapping[str, float] = field(default_factory=dict)
-    max_bytes: int = DEFAULT_MAX_BYTES
 
 
 @dataclass(frozen=True)
@@ -107,66 +72,94 @@ def load_agent(models: Path, agent: str, options: LoadOptions, in_use: str | Non
 
 def inspect(models: Path, options: LoadOptions) -> list[dict[str, Any]]:
     """The rows of `quartet models list --json`: every artifact found, loaded and probed, best first."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for agent in AGENTS:
-        for place, candidate in enumerate(discover(models, agent)):
-            rows.append(_row(_examine(candidate, options), selected=place == 0))
+        found = discover(models, agent)
+        rows += [_row(_examine(c, options), c, selected=c is found[0]) for c in found]
         rows += [_misnamed_row(agent, file) for file in misnamed(models, agent)]
     return rows
 
 
 def _load(candidate: Candidate, options: LoadOptions, facts: dict[str, Any]) -> Model:
-    agent = candidate.agent
-    family = cast("Family", import_module(_FAMILIES[agent]))
+    """The checks in their order; `facts` fill up on the way, so that a refusal tells them too."""
+    family = cast("Family", import_module(_FAMILIES[candidate.agent]))
 
-    data = read_once(candidate.file, options.max_bytes)
-    facts["sha256"] = hashlib.sha256(data).hexdigest()
-    with _broken_is(Reason.CORRUPT_ARTIFACT, "reading the file"):
-        parsed = family.parse(data, candidate.suffix)
-    facts.update(_described(family, parsed))
-    scaler, own = _read_scaler(candidate)
-    metadata = _read_metadata(candidate)
+    # Readable and safe.
+    parsed = _read_model(family, candidate, options, facts)
+    found = sidecars.read_scaler(candidate)
+    metadata = sidecars.read_metadata(candidate)
 
-    with _broken_is(Reason.UNKNOWN_ARCHITECTURE, "recognising the architecture"):
-        built = family.build(parsed, metadata)
-    metadata = {**built.facts.get("metadata", {}), **metadata}
+    # Architecture.
+    built = _recognise(family, parsed, metadata)
     facts.update(_facts_of(built))
     probe.check_outputs(built.outputs)
-    threshold, residual_std, origin = _levels(metadata, agent, options)
+    metadata = {**built.facts.get("metadata", {}), **{k: v for k, v in metadata.items() if v is not None}}
+    sidecars.check_levels(metadata)
 
-    own_names = scaler.features if scaler is not None and own and scaler.width == built.width else None
-    match = matching.match_features(built, own_names, metadata, whole=agent in _SEQUENCE)
+    # Features.
+    own = found.content if found is not None and found.own and found.content.width == built.width else None
+    names = None if own is None else own.features
+    match = matching.match_features(built, names, metadata, whole=candidate.agent in _SEQUENCE)
     facts.update(features=match.features, feature_set=match.feature_set.name)
 
-    notes = list(match.notes)
-    scaler = _fitting_scaler(candidate, scaler, own, match, options, notes)
-    contract = facts["contract"] = matching.check_contract(metadata, match.feature_set)
-    if contract == matching.NAMES_ONLY:
-        notes.append("names-only: no contract hash in the metadata, so the formulas of training are not vouched for")
-    if built.outputs != CLASSES and origin:
-        notes.append(origin)
+    # Scaler, contract.
+    scaler, scaler_note = sidecars.fitting_scaler(candidate, found, match, options)
+    facts["contract"], contract_note = matching.check_contract(metadata, match.feature_set)
 
-    model = Model(
-        agent=agent,
+    # Golden vectors, probe.
+    levels = sidecars.levels(metadata, candidate.agent, options)
+    facts.update(threshold=levels.threshold, residual_std=levels.residual_std, metadata=_kept(metadata))
+    level_note = "" if built.outputs == CLASSES else levels.note
+    detail = "; ".join(filter(None, (match.note, scaler_note, contract_note, level_note)))
+    head = head_for(built.outputs, levels.threshold, levels.residual_std)
+    model = _model(candidate, built, match, scaler, head, detail, facts)
+    with sidecars.broken_is(Reason.UNKNOWN_ARCHITECTURE, "computing rows with it"):
+        probe.check_golden(model, metadata)
+        return probe.check_probe(model, built.facts.get("non_finite_weights", ()))
+
+
+def _read_model(family: Family, candidate: Candidate, options: LoadOptions, facts: dict[str, Any]) -> Any:
+    data = read_once(candidate.file, options.max_bytes)
+    facts["sha256"] = hashlib.sha256(data).hexdigest()
+    with sidecars.broken_is(Reason.CORRUPT_ARTIFACT, "reading the file"):
+        parsed = family.parse(data, candidate.suffix)
+        describe = getattr(family, "describe", None)
+        facts.update({} if describe is None else describe(parsed))
+    return parsed
+
+
+def _recognise(family: Family, parsed: Any, metadata: Mapping[str, Any]) -> Built:
+    with sidecars.broken_is(Reason.UNKNOWN_ARCHITECTURE, "recognising its architecture"):
+        return family.build(parsed, metadata)
+
+
+def _model(
+    candidate: Candidate,
+    built: Built,
+    match: matching.Match,
+    scaler: Scaler | None,
+    head: Head,
+    detail: str,
+    facts: Mapping[str, Any],
+) -> Model:
+    return Model(
+        agent=candidate.agent,
         version=candidate.version,
         file=candidate.file,
         sha256=facts["sha256"],
         feature_set=match.feature_set.name,
         features=match.features,
-        contract=contract,
+        contract=facts["contract"],
         window=built.window,
         parameters=built.parameters,
         outputs=built.outputs,
         network=built.network,
-        head=head_for(built.outputs, threshold, residual_std),
-        scaler=None if scaler is None else scaler.scaler,
-        detail="; ".join(notes),
+        head=head,
+        scaler=scaler,
+        detail=detail,
         architecture=built.architecture,
-        facts={**facts, "threshold": threshold, "residual_std": residual_std},
+        facts=dict(facts),
     )
-    with _broken_is(Reason.UNKNOWN_ARCHITECTURE, "computing probe rows"):
-        probe.check_golden(model, metadata)
-        return probe.check_probe(model, built.facts.get("non_finite_weights", []))
 
 
 def _examine(candidate: Candidate, options: LoadOptions) -> Loading:
@@ -180,7 +173,8 @@ def _examine(candidate: Candidate, options: LoadOptions) -> Loading:
 
 def _keep_in_use(older: list[Candidate], options: LoadOptions, in_use: str, newest: Loading) -> Loading:
     """The artifact of that hash, if it is at hand and still passes; else the newest, refused."""
-    assert newest.candidate is not None and newest.refusal is not None
+    if newest.candidate is None or newest.refusal is None:
+        return newest
     for candidate in older:
         serving = _examine(candidate, options) if _sha256(candidate, options) == in_use else None
         if serving is None or serving.model is None or serving.model.sha256 != in_use:
@@ -206,113 +200,9 @@ def _sha256(candidate: Candidate, options: LoadOptions) -> str | None:
         return None  # an unreadable file is not the one in use
 
 
-def _read_scaler(candidate: Candidate) -> tuple[scalers.ScalerFile | None, bool]:
-    """The scaler beside the model and True, else the agent's generic one and False, else None."""
-    own = [candidate.beside(f"_scaler{suffix}") for suffix in (".json", ".pkl")]
-    generic = [candidate.file.with_name(name) for name in _GENERIC_SCALERS[candidate.agent]]
-    for file in (*own, *generic):
-        if _exists(file):
-            data = read_once(file, SIDECAR_MAX_BYTES)
-            with _broken_is(Reason.CORRUPT_ARTIFACT, f"reading {file.name}"), _naming(file):
-                return scalers.parse(data, file.suffix), file in own
-    return None, False
-
-
-def _read_metadata(candidate: Candidate) -> dict[str, Any]:
-    file = next((f for f in map(candidate.beside, ("_meta.json", "_metadata.json")) if _exists(f)), None)
-    if file is None:
-        return {}
-    try:
-        metadata = orjson.loads(read_once(file, SIDECAR_MAX_BYTES))
-    except orjson.JSONDecodeError as error:
-        raise Refused(Reason.CORRUPT_ARTIFACT, f"{file} is not JSON: {error}; write it again") from error
-    if not isinstance(metadata, dict):
-        raise Refused(Reason.CORRUPT_ARTIFACT, f"expected a JSON object in {file}, found a {type(metadata).__name__}")
-    for key in ("threshold", "residual_std"):
-        _level(metadata, key)
-    return metadata
-
-
-def _fitting_scaler(
-    candidate: Candidate,
-    scaler: scalers.ScalerFile | None,
-    own: bool,
-    match: matching.Match,
-    options: LoadOptions,
-    notes: list[str],
-) -> scalers.ScalerFile | None:
-    """The scaler to use. A generic one serves only where it names exactly the model's features."""
-    if scaler is not None and own:
-        matching.check_scaler(scaler.width, scaler.features, match)
-        return scaler
-    if scaler is not None and matching.named(scaler.features) == match.features:
-        notes.append(f"no scaler of its own: the generic scaler of {candidate.agent} has the same features and is used")
-        return scaler
-    if candidate.agent in options.allow_unscaled:
-        notes.append("unscaled: no scaler, allowed by allow_unscaled")
-        return None
-    other = "; the generic scaler does not name its features" if scaler is not None else ""
-    raise Refused(
-        Reason.SCALER_MISSING,
-        f"expected {candidate.file.stem}_scaler.json or _scaler.pkl beside the model, found none{other}; put it there, or set "
-        f"allow_unscaled for {candidate.agent} if it was trained on raw features",
-    )
-
-
-def _levels(metadata: Mapping[str, Any], agent: str, options: LoadOptions) -> tuple[float, float, str]:
-    """Threshold, residual deviation, and where they come from."""
-    threshold, deviation = _level(metadata, "threshold"), _level(metadata, "residual_std")
-    absent = [name for name, value in (("threshold", threshold), ("residual_std", deviation)) if value is None]
-    if threshold is None:
-        threshold = options.threshold.get(agent, DEFAULT_THRESHOLD)
-    if deviation is None:
-        deviation = options.residual_std.get(agent, DEFAULT_RESIDUAL_STD)
-    return threshold, deviation, f"{' and '.join(absent)} from settings, the metadata have none" if absent else ""
-
-
-def _level(metadata: Mapping[str, Any], key: str) -> float | None:
-    """A threshold (0 or more) or a deviation (more than 0) of the metadata, None where absent."""
-    value = metadata.get(key)
-    if value is None:
-        return None
-    number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value) and value >= 0
-    if not number or (key == "residual_std" and value == 0):
-        least = "above 0" if key == "residual_std" else "of 0 or more"
-        raise Refused(
-            Reason.CORRUPT_ARTIFACT, f"expected a finite number {least} for {key} in the metadata, found {value!r}"
-        )
-    return float(value)
-
-
-def _exists(file: Path) -> bool:
-    return file.exists() or file.is_symlink()
-
-
-@contextmanager
-def _broken_is(reason: Reason, doing: str) -> Iterator[None]:
-    """Whatever else a foreign file makes a library raise is a refusal of that file, not the end of the worker."""
-    try:
-        yield
-    except Refused:
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())[:300]
-        raise Refused(
-            reason, f"{doing} failed ({type(error).__name__}: {text}); copy the file again or train again"
-        ) from error
-
-
-@contextmanager
-def _naming(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except Refused as refused:
-        raise Refused(refused.refusal.reason, f"{file.name}: {refused.refusal.detail}") from refused
-
-
-def _described(family: Family, parsed: Any) -> dict[str, Any]:
-    describe = getattr(family, "describe", None)
-    return {} if describe is None else {k: v for k, v in describe(parsed).items() if v is not None}
+def _kept(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata without their bulk."""
+    return {key: value for key, value in metadata.items() if key not in ("golden", "features", "feature_names")}
 
 
 def _facts_of(built: Built) -> dict[str, Any]:
@@ -328,33 +218,30 @@ def _facts_of(built: Built) -> dict[str, Any]:
     return found if built.features is None else {**found, "features": built.features}
 
 
-def _row(loading: Loading, *, selected: bool) -> dict[str, Any]:
-    candidate, facts, refusal, model = loading.candidate, loading.facts, loading.refusal, loading.model
-    assert candidate is not None
+def _row(loading: Loading, candidate: Candidate, *, selected: bool) -> dict[str, Any]:
+    facts, refusal, model = loading.facts, loading.refusal, loading.model
     return {
         "agent": loading.agent,
         "file": str(candidate.file),
         "version": candidate.version,
         "contract": facts.get("contract", ""),
-        "state": "active" if model is not None else "refused",
+        "state": str(AgentState.REFUSED if model is None else AgentState.ACTIVE),
         "reason": "" if refusal is None else str(refusal.reason),
-        "detail": (refusal.detail if refusal is not None else "") if model is None else model.detail,
-        "features": list(facts.get("features", ())),
-        "parameters": int(facts.get("parameters", 0)),
+        "detail": model.detail if model is not None else (refusal.detail if refusal is not None else ""),
+        "features": list(facts.get("features") or ()),
+        "parameters": facts.get("parameters", 0),
         "input_shape": list(facts.get("input_shape", ())),
-        "outputs": int(facts.get("outputs", 0)),
+        "outputs": facts.get("outputs", 0),
         "sha256": facts.get("sha256", ""),
         "selected": selected,
     }
 
 
 def _misnamed_row(agent: str, file: Path) -> dict[str, Any]:
-    refusal = Refusal(Reason.NO_ARTIFACT, _misnamed_note([file]))
-    row = _row(Loading(agent, None, refusal, Candidate(agent, file, "", "", 0)), selected=False)
-    return row
+    loading = Loading(agent, refusal=Refusal(Reason.NO_ARTIFACT, _misnamed_note([file])))
+    return _row(loading, Candidate(agent, file, "", "", 0), selected=False)
 
 
-def _misnamed_note(files: list[Path]) -> str:
-    if not files:
-        return ""
-    return f"never loaded, because the name is not {PATTERN}: {', '.join(f.name for f in files[:8])}; rename to that pattern"
+def _misnamed_note(files: Sequence[Path]) -> str:
+    shown = ", ".join(file.name for file in files[:8])
+    return f"never loaded, because the name is not {PATTERN}: {shown}; rename it" if files else ""

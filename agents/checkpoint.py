@@ -29,7 +29,9 @@ MAX_ROWS = 256
 """Larger batches are cut here, so that no row is ever computed at a size that was not tested."""
 
 _NESTED = ("metadata", "config", "model_config", "hyperparameters")
-_NAMES_CODE = re.compile(r"unsupported (global|class|operand|opcode)|torchscript|weights_only.*legacy|forbidden", re.IGNORECASE)
+_NAMES_CODE = re.compile(
+    r"unsupported (global|class|operand|opcode)|torchscript|weights_only.*legacy|forbidden", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def read(data: bytes) -> Checkpoint:
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """What can be told of any checkpoint, recognised or not."""
     sizes = [value.numel() for value in checkpoint.state.values() if isinstance(value, Tensor)]
-    return {"parameters": sum(sizes), "features": names(checkpoint.metadata)}
+    return {"parameters": sum(sizes), "features": names(checkpoint.metadata) or ()}
 
 
 def names(metadata: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -257,7 +259,7 @@ def _refuse_packed(data: bytes) -> None:
     if claimed > len(data):
         raise Refused(
             Reason.CORRUPT_ARTIFACT,
-            f"the checkpoint of {len(data)} bytes unpacks to {claimed}; save it again with torch.save, which does not pack",
+            f"the checkpoint of {len(data)} bytes unpacks to {claimed}; save it again with torch.save, unpacked",
         )
 
 

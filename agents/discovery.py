@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -35,6 +36,7 @@ _ARTIFACT = re.compile(
     r"(?P<prefix>[a-z]+)_(?P<version>v(?P<time>[0-9]{8}_[0-9]{6})(?:_v(?P<generation>[0-9]{1,6}))?)"
     rf"\.(?P<suffix>{'|'.join(SUFFIXES)})"
 )
+_LOOKS_LIKE_ONE = (*SUFFIXES, "pt", "ckpt", "bin", "model", "joblib", "pickle", "onnx", "safetensors")
 _SIDECAR = re.compile(r".*_(?:scaler|meta|metadata)\.[^.]+", re.DOTALL)
 
 
@@ -65,15 +67,14 @@ def discover(models: Path, agent: str) -> list[Candidate]:
 
 
 def misnamed(models: Path, agent: str) -> list[Path]:
-    """Files that carry a prefix and a suffix of an artifact but do not fit the pattern; none is ever loaded."""
-    starts = tuple(prefix for prefix in PREFIXES[agent])
+    """Files with a prefix and a suffix as models have them that do not fit the pattern; none is ever loaded."""
+    prefixed = re.compile(
+        rf"(?:{'|'.join(PREFIXES[agent])})(?![a-z0-9]).*\.(?:{'|'.join(_LOOKS_LIKE_ONE)})", re.IGNORECASE | re.DOTALL
+    )
     return [
         models / name
         for name in _names(models)
-        if re.match(rf"(?:{'|'.join(starts)})(?![a-z0-9])", name, re.IGNORECASE)
-        and name.lower().endswith(tuple(f".{suffix}" for suffix in SUFFIXES))
-        and not _SIDECAR.fullmatch(name)
-        and _candidate(models, agent, name) is None
+        if prefixed.fullmatch(name) and not _SIDECAR.fullmatch(name) and _candidate(models, agent, name) is None
     ]
 
 
@@ -87,25 +88,21 @@ def read_once(file: Path, max_bytes: int) -> bytes:
         # Not blocking: opening a pipe would wait for its writer before it could be refused.
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        if file.is_symlink():
-            raise Refused(
-                Reason.UNSAFE_ARTIFACT, f"{file} is a symbolic link; put the file itself into the folder"
-            ) from error
-        raise Refused(
-            Reason.CORRUPT_ARTIFACT, f"{file} cannot be opened: {error.strerror}; mend its permissions"
-        ) from error
-    with open(descriptor, "rb", buffering=0) as opened:  # noqa: PTH123 - a descriptor, not a path
+        if error.errno == errno.ELOOP:
+            raise _unsafe(f"{file} is a symbolic link; put the file itself into the folder") from error
+        raise _unreadable(file, error) from error
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise Refused(Reason.UNSAFE_ARTIFACT, f"{file} is no regular file; put the artifact itself into the folder")
-        if status.st_size > max_bytes:
-            raise _oversize(file, status.st_size, max_bytes)
-        try:
-            data = _drain(descriptor, max_bytes + 1)
-        except OSError as error:
-            raise Refused(Reason.CORRUPT_ARTIFACT, f"{file} cannot be read: {error.strerror}; copy it again") from error
-    if len(data) > max_bytes:
-        raise _oversize(file, len(data), max_bytes)
+            raise _unsafe(f"{file} is no regular file; put the artifact itself into the folder")
+        # One byte over the limit is asked for, so that a file that grows meanwhile is seen.
+        data = b"" if status.st_size > max_bytes else _drain(descriptor, max_bytes + 1)
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    finally:
+        os.close(descriptor)
+    if (size := max(status.st_size, len(data))) > max_bytes:
+        raise _unsafe(f"{file} has {size} bytes, at most {max_bytes} are read; raise the limit or remove the file")
     return data
 
 
@@ -135,10 +132,13 @@ def _rank(candidate: Candidate) -> tuple[int, str, int, str]:
     return candidate.generation, candidate.time, -SUFFIXES.index(candidate.suffix[1:]), candidate.file.name
 
 
-def _oversize(file: Path, size: int, most: int) -> Refused:
+def _unsafe(detail: str) -> Refused:
+    return Refused(Reason.UNSAFE_ARTIFACT, detail)
+
+
+def _unreadable(file: Path, error: OSError) -> Refused:
     return Refused(
-        Reason.UNSAFE_ARTIFACT,
-        f"{file} has {size} bytes or more, at most {most} are read; raise the limit or remove it",
+        Reason.CORRUPT_ARTIFACT, f"{file} cannot be read: {error.strerror}; mend its permissions or copy it again"
     )
 
 

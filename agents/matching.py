@@ -23,7 +23,7 @@ class Match:
 
     feature_set: FeatureSet
     features: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+    note: str = ""
 
 
 def match_features(
@@ -44,9 +44,9 @@ def match_features(
         return _by_width(built.width)
     if len(names) != built.width:
         raise _mismatch(
-            f"expected {built.width} names, one for each input of the model, found {len(names)} in {source}: {_shown(names)}"
+            f"expected {built.width} names, one for each input, found {len(names)} in {source}: {_shown(names)}"
         )
-    return Match(_set_of(names, source, metadata, whole=whole), names, (f"feature names from {source}",))
+    return Match(_set_of(names, source, metadata, whole=whole), names, f"feature names from {source}")
 
 
 def check_scaler(width: int, names: Sequence[str] | None, match: Match) -> None:
@@ -58,18 +58,21 @@ def check_scaler(width: int, names: Sequence[str] | None, match: Match) -> None:
         raise _scaler(f"expected a scaler of {_shown(match.features)}, found one of {_shown(found)}")
 
 
-def check_contract(metadata: Mapping[str, Any], feature_set: FeatureSet) -> str:
-    """The contract hash, or `names-only` where the artifact has none. Raises `contract_mismatch`."""
+def check_contract(metadata: Mapping[str, Any], feature_set: FeatureSet) -> tuple[str, str]:
+    """The contract hash, or `names-only` where the artifact has none, and what to say of it.
+
+    Raises `Refused` with `contract_mismatch`.
+    """
     found = contract_hash(metadata)
     if found is None:
-        return NAMES_ONLY
+        return NAMES_ONLY, "names-only: no contract hash in the metadata vouches for the formulas of its training"
     if found != feature_set.contract:
         raise Refused(
             Reason.CONTRACT_MISMATCH,
-            f"expected the contract {feature_set.contract} of {feature_set.name}, found {str(found)[:80]}: the formulas "
-            "have changed since training; train again with `quartet train`",
+            f"expected the contract {feature_set.contract} of {feature_set.name}, found {str(found)[:80]}: the "
+            "formulas have changed since training; train again with `quartet train`",
         )
-    return feature_set.contract
+    return feature_set.contract, ""
 
 
 def contract_hash(metadata: Mapping[str, Any]) -> Any:
@@ -107,7 +110,7 @@ def _by_width(width: int) -> Match:
             "without names; write the ordered names into `features` of the metadata"
         )
     return Match(
-        feature_set, feature_set.features, (f"no feature names: matched to {feature_set.name} by the width {width}",)
+        feature_set, feature_set.features, f"no feature names: matched to {feature_set.name} by the width {width}"
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -128,5 +129,4 @@ def build(parsed: Checkpoint, metadata: Mapping[str, Any]) -> Built:
 
 def _layers(sizes: Sequence[int], dropout: float) -> list[nn.Module]:
     """Linear, ReLU, Dropout for each step from one size to the next."""
-    steps = zip(sizes, sizes[1:], strict=False)
-    return [layer for a, b in steps for layer in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout))]
+    return [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout))]

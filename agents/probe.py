@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,12 +23,14 @@ of heads moves outputs by orders of magnitude more."""
 OUTPUT_COUNTS = (1, 3, 12)
 BLOCK = 8
 
+Network = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
 
 @dataclass(frozen=True)
 class Blocks:
     """A network computed 8 rows at a time, the last block padded: the way out where larger batches differ."""
 
-    network: Any
+    network: Network
 
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Outputs `[B, K]` of the rows `x`."""
@@ -52,16 +54,17 @@ def check_golden(model: Model, metadata: Mapping[str, Any]) -> None:
     if golden is None:
         return
     inputs, expected = _golden_arrays(golden, model)
-    found = model.predict(inputs)
-    # "Not within", so that NaN on either side is a difference.
-    if not np.all(np.abs(found - expected) <= GOLDEN_WITHIN * np.maximum(1.0, np.abs(expected))):
+    with np.errstate(all="ignore"):  # what is not finite is a difference, not a warning
+        difference = np.abs(model.predict(inputs) - expected)
+        within = difference <= GOLDEN_WITHIN * np.maximum(1.0, np.abs(expected))
+    if not within.all():
         raise _golden(
-            f"expected the outputs of training within {GOLDEN_WITHIN}, found a difference of "
-            f"{float(np.max(np.abs(found - expected))):.3g}: model, scaler or metadata are not of one training"
+            f"expected the outputs of training within {GOLDEN_WITHIN}, found a difference of {difference.max():.3g}: "
+            "model, scaler and metadata are not of one training"
         )
 
 
-def check_probe(model: Model, non_finite_weights: list[str]) -> Model:
+def check_probe(model: Model, non_finite_weights: Sequence[str]) -> Model:
     """Compute 64 seeded standard-normal rows in scaled space; the model, its rows proved independent.
 
     Raises `Refused` with `non_finite_output` or `constant_output`, or with `unknown_architecture` where
@@ -99,7 +102,7 @@ def _independent(model: Model, rows: NDArray[np.float32]) -> Model:
     )
 
 
-def _same_alone(network: Any, rows: NDArray[np.float32]) -> bool:
+def _same_alone(network: Network, rows: NDArray[np.float32]) -> bool:
     """Whether each row gives the same bits alone, among 64 and among 256, at another place in each."""
     alone = np.concatenate([network(row[np.newaxis]) for row in rows])
     many = network(np.concatenate([rows[::-1]] * 4))
