@@ -32,24 +32,28 @@ class StoreMisuseError(Exception):
     """A key of ours holds something else, or an output stream is ahead: a person has to look."""
 
 
-class InputLostError(Exception):
-    """Entries of an input are gone before they were read. `lost` is how many, exactly."""
-
-    def __init__(self, key: str, lost: int, what: str) -> None:
-        super().__init__(
-            f"input {key}: {what}. Nothing was skipped: find out why, then start once with --accept-gap to count "
-            f"{lost} entries as lost, go on, and warm every symbol up again"
-        )
-        self.key = key
-        self.lost = lost
-
-
 @dataclass(frozen=True, slots=True)
 class InputPosition:
     """How far an input was read: the last ID, and how many entries were ever added up to it."""
 
     id: str
     consumed: int
+
+
+class InputLostError(Exception):
+    """Entries of an input are gone before they were read. `lost` is how many, exactly.
+
+    `resume` is the position from which to carry on, if that is wanted.
+    """
+
+    def __init__(self, key: str, lost: int, what: str, resume: InputPosition) -> None:
+        super().__init__(
+            f"input {key}: {what}. Nothing was skipped: find out why, then start once with --accept-gap to count "
+            f"{lost} entries as lost, go on, and warm every symbol up again"
+        )
+        self.key = key
+        self.lost = lost
+        self.resume = resume
 
 
 @dataclass(frozen=True)
@@ -163,15 +167,17 @@ class Store(Protocol):
 
 def check_input(key: str, position: InputPosition, facts: StreamFacts) -> None:
     """Raise `InputLostError` where the input was trimmed past the position, recreated or rewound."""
+    trimmed = facts.added - facts.length
     if facts.added < position.consumed:
         what = f"it was recreated: {position.consumed} entries were added up to the position, now only {facts.added}"
-        raise InputLostError(key, max(0, facts.added - facts.length), what)
+        raise InputLostError(key, trimmed, what, InputPosition(FIRST_ID, trimmed))
     if id_tuple(facts.last_id) < id_tuple(position.id):
         what = f"it was rewound: its last ID {facts.last_id} is before the position {position.id}"
-        raise InputLostError(key, max(0, facts.added - facts.length), what)
-    lost = facts.added - facts.length - position.consumed
+        raise InputLostError(key, trimmed, what, InputPosition(FIRST_ID, trimmed))
+    lost = trimmed - position.consumed
     if lost > 0:
-        raise InputLostError(key, lost, f"{lost} entries were trimmed before they were read")
+        what = f"{lost} entries were trimmed before they were read"
+        raise InputLostError(key, lost, what, InputPosition(position.id, trimmed))
 
 
 def id_tuple(entry_id: str) -> tuple[int, int]:

@@ -6,8 +6,8 @@ drive this same pipeline. `docs/life-of-a-bar.md` follows a bar through it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,13 +21,12 @@ from worker import consensus
 from worker.batches import STATES, Ballot, Signals, Vectors
 from worker.features.bank import FeatureBank
 from worker.intake import Accepted, Intake, Reader, read_native
-from worker.voting import Seat, VotingStage
+from worker.voting import Seat, Stopwatch, VotingStage
 
-State = dict[str, dict[bytes, bytes]]
-"""Stored state: part of the pipeline (`series`, `features`, `windows:v3`, `agents`) to its fields."""
+State = Mapping[str, Mapping[bytes, bytes]]
+"""Stored state: part of the pipeline, of `PARTS`, to its fields."""
 
-Stopwatch = Callable[[str], AbstractContextManager[Any]]
-"""Given a stage's name, measures what runs inside; the pipeline itself has no clock."""
+PARTS = ("series", "features", "agents", *(f"windows:{name}" for name in FEATURE_SETS))
 
 
 @dataclass(frozen=True)
@@ -83,15 +82,15 @@ class Pipeline:
         stopwatch: Stopwatch = nullcontext,
     ) -> Result:
         """One batch of input entries. `now_ms` judges lateness and bars from the future, never values."""
-        with stopwatch("intake"):
+        with stopwatch("validate"):
             accepted = self.intake.accept(entries, now_ms, poison)
         with stopwatch("features"):
             vectors = self._compute(accepted)
         with stopwatch("agents"):
-            ballots = self.voting.vote(vectors)
+            ballots = self.voting.vote(vectors, stopwatch)
         with stopwatch("consensus"):
             signals = self._decide(vectors, ballots)
-        with stopwatch("pack"):
+        with stopwatch("encode"):
             state = self._changes(accepted)
         return Result(accepted, vectors, ballots, signals, state, accepted.events)
 
@@ -139,6 +138,11 @@ class Pipeline:
         in_use = agents_in_use(state)
         for stage in self.voting.stages:
             stage.active = in_use.get(stage.seat.agent, (None, False))[1]
+
+    def unused(self, state: State) -> list[str]:
+        """Stored parts that nothing keeps up to date any more: to be dropped, or they would come back stale."""
+        kept = {f"windows:{name}" for name in self.voting.window_sets}
+        return [part for part in state if part.startswith("windows:") and state[part] and part not in kept]
 
 
 def agents_in_use(state: State) -> dict[str, tuple[str | None, bool]]:

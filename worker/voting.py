@@ -6,9 +6,11 @@ to a vote than through `agents.agent.Model`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import structlog
@@ -21,6 +23,9 @@ from worker.batches import STATE_CODE, Ballot, Vectors
 from worker.features.windows import SequenceWindows
 
 log = structlog.get_logger()
+
+Stopwatch = Callable[[str], AbstractContextManager[Any]]
+"""Given a stage's name, measures what runs inside; the stages themselves have no clock."""
 
 Windows = tuple[NDArray[np.float64], NDArray[np.bool_]]
 """The windows `[R, L, C]` that end at the voted rows, and which of them are full `[R]`."""
@@ -61,20 +66,21 @@ class AgentStage:
             return str(self.seat.refusal.reason)
         return None if self.active else str(Reason.INSUFFICIENT_HISTORY)
 
-    def vote(self, vectors: Vectors, windows: Mapping[str, Windows]) -> Ballot:
+    def vote(self, vectors: Vectors, windows: Mapping[str, Windows], stopwatch: Stopwatch = nullcontext) -> Ballot:
         """The agent's ballot over the voted rows of `vectors`."""
         model = self.seat.model
         if model is None:
             return self._abstain_all(len(vectors.index))
         x, full = self._inputs(model, vectors, windows)
-        return self._ballot(model, x, full)
+        with stopwatch(f"agent:{self.seat.agent}"):
+            return self._ballot(model, x, full)
 
     def _inputs(
         self, model: Model, vectors: Vectors, windows: Mapping[str, Windows]
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         if model.window == 1:
-            columns = [vectors.names.index(name) for name in model.features]
-            return vectors.values[np.ix_(vectors.index, columns)], vectors.ready[model.feature_set][vectors.index]
+            columns = np.array([vectors.names.index(name) for name in model.features])
+            return vectors.values[vectors.index[:, None], columns], vectors.ready[model.feature_set][vectors.index]
         sequences, full = windows[f"{model.feature_set}/{model.window}"]
         features = FEATURE_SETS[model.feature_set].features
         if model.features == features:
@@ -167,6 +173,11 @@ class VotingStage:
         """The sets that the loaded models read."""
         return tuple(dict.fromkeys(FEATURE_SETS[m.feature_set] for m in self._models()))
 
+    @property
+    def window_sets(self) -> tuple[str, ...]:
+        """The feature sets whose windows are kept."""
+        return tuple(self._windows)
+
     def _models(self) -> list[Model]:
         return [stage.seat.model for stage in self.stages if stage.seat.model is not None]
 
@@ -179,16 +190,21 @@ class VotingStage:
                 self._windows[feature_set.name] = SequenceWindows(len(feature_set), self._capacity)
 
     def reseat(self, seat: Seat) -> None:
-        """Swap one agent's model between two batches; its place and its warm-up stay."""
+        """Swap one agent's model between two batches; its place and its warm-up stay.
+
+        Windows that no model reads any more are forgotten: kept without new vectors they would lie.
+        """
         for place, stage in enumerate(self.stages):
             if stage.seat.agent == seat.agent:
                 self.stages[place] = AgentStage(seat, active=stage.active)
+        for name in [name for name in self._windows if not self._lengths(name)]:
+            del self._windows[name]
         self._open_windows()
 
-    def vote(self, vectors: Vectors) -> list[Ballot]:
+    def vote(self, vectors: Vectors, stopwatch: Stopwatch = nullcontext) -> list[Ballot]:
         """One ballot an agent, in the order of the seats; the models run side by side."""
         windows = self._push(vectors)
-        jobs = [self._threads.submit(stage.vote, vectors, windows) for stage in self.stages]
+        jobs = [self._threads.submit(stage.vote, vectors, windows, stopwatch) for stage in self.stages]
         return [job.result() for job in jobs]
 
     def _push(self, vectors: Vectors) -> dict[str, Windows]:
@@ -197,7 +213,7 @@ class VotingStage:
         accepted = vectors.accepted
         for name, ring in self._windows.items():
             columns = [vectors.names.index(feature) for feature in FEATURE_SETS[name].features]
-            lengths = self._lengths(name) or [1]
+            lengths = self._lengths(name)
             windows, held = ring.push(
                 accepted.rows, vectors.values[:, columns], lengths[-1], vectors.ready[name], accepted.restart
             )

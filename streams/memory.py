@@ -1,0 +1,119 @@
+"""Streams in memory with a settable clock: the same store without a server, for replay and for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from streams.messages import Entry
+from streams.store import (
+    FIRST_ID,
+    Batch,
+    Commit,
+    Position,
+    Snapshot,
+    StreamFacts,
+    check_input,
+    id_tuple,
+)
+
+Fields = Mapping[bytes, bytes]
+
+
+@dataclass
+class MemoryStreams:
+    """Streams by key. `now_ms` is the clock that names entries; it moves only when it is set."""
+
+    now_ms: int = 0
+    streams: dict[str, list[tuple[str, Fields]]] = field(default_factory=dict)
+    added: dict[str, int] = field(default_factory=dict)
+
+    def add(self, key: str, fields: Fields, entry_id: str | None = None) -> str:
+        """Append one entry; its ID, made from the clock unless given. Raises ValueError if it is not larger."""
+        stream = self.streams.setdefault(key, [])
+        last = stream[-1][0] if stream else FIRST_ID
+        if entry_id is None:
+            ms, seq = id_tuple(last)
+            entry_id = f"{self.now_ms}-0" if self.now_ms > ms else f"{ms}-{seq + 1}"
+        if id_tuple(entry_id) <= id_tuple(last):
+            raise ValueError(f"{key}: ID {entry_id} is not after the last one, {last}")
+        stream.append((entry_id, fields))
+        self.added[key] = self.added.get(key, 0) + 1
+        return entry_id
+
+    def trim(self, key: str, keep: int) -> None:
+        """Forget the oldest entries, as MAXLEN does."""
+        self.streams[key] = self.streams[key][-keep:] if keep else []
+
+    def after(self, key: str, entry_id: str) -> list[tuple[str, Fields]]:
+        """The entries of a stream that follow an ID."""
+        stream = self.streams.get(key, [])
+        start = _first_after(stream, entry_id)
+        return stream[start:]
+
+
+def _first_after(stream: Sequence[tuple[str, Fields]], entry_id: str) -> int:
+    low, high, wanted = 0, len(stream), id_tuple(entry_id)
+    while low < high:
+        middle = (low + high) // 2
+        if id_tuple(stream[middle][0]) <= wanted:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+class MemoryStore:
+    """A `streams.store.Store` over `MemoryStreams`: one owner, nothing to fence, nothing to lose."""
+
+    def __init__(self, streams: MemoryStreams | None = None) -> None:
+        self.streams = streams or MemoryStreams()
+        self.position = Position()
+        self.state: dict[str, dict[bytes, bytes]] = {}
+
+    def acquire(self) -> bool:
+        return True
+
+    def renew(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        """Nobody waits."""
+
+    def load(self, parts: Sequence[str]) -> Snapshot:
+        return Snapshot(self.position, {part: dict(self.state.get(part, {})) for part in parts})
+
+    def read(self, position: Position, keys: Sequence[str], count: int) -> Batch:
+        facts = {key: self._facts(key) for key in keys if key in self.streams.streams}
+        entries: list[Entry] = []
+        for key, fact in facts.items():
+            known = position.inputs.get(key)
+            if known:
+                check_input(key, known, fact)
+            rows = self.streams.after(key, known.id if known else FIRST_ID)[:count]
+            entries += [Entry(key, entry_id, fields) for entry_id, fields in rows]
+        if len(facts) > 1:
+            entries.sort(key=lambda entry: id_tuple(entry.id))
+        return Batch(entries[:count], facts)
+
+    def _facts(self, key: str) -> StreamFacts:
+        stream = self.streams.streams[key]
+        return StreamFacts(len(stream), self.streams.added[key], stream[-1][0] if stream else FIRST_ID)
+
+    def wait(self, position: Position, keys: Sequence[str], timeout_s: float) -> bool:
+        """Whether there is an entry after `position`; a memory stream never makes anybody wait."""
+        del timeout_s
+        return bool(self.read(position, keys, 1).entries)
+
+    def commit(self, commit: Commit) -> None:
+        for part in commit.drops:
+            self.state.pop(part, None)
+        for output in commit.outputs:
+            for entry_id, payload in zip(output.ids, output.payloads, strict=True):
+                self.streams.add(output.key, {b"data": payload}, entry_id)
+        for key, rows in commit.appends.items():
+            for row in rows:
+                self.streams.add(key, dict(zip(row[::2], row[1::2], strict=True)))
+        for part, fields in commit.state.items():
+            self.state.setdefault(part, {}).update(fields)
+        self.position = commit.position

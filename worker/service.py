@@ -1,0 +1,355 @@
+"""The worker's loop: own the namespace, recover, then read, process and commit until told to stop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from structlog.typing import FilteringBoundLogger
+
+from agents.artifacts import Loading
+from streams.keys import Keys
+from streams.messages import AgentState, Entry, Event
+from streams.redis import with_baseline
+from streams.store import (
+    Batch,
+    Commit,
+    FencedError,
+    InputLostError,
+    Position,
+    RewoundError,
+    Store,
+    StoreUnavailableError,
+)
+from worker.engine import commit_of, encoded_events
+from worker.http import Condition
+from worker.lease import LeaseKeeper
+from worker.pipeline import PARTS, Pipeline, State, agents_in_use
+from worker.sensors import Sensors
+from worker.settings import Settings
+from worker.status import Status
+
+WAIT_S = 0.25
+STANDBY_POLL_S = 0.2
+LONGEST_BACKOFF_S = 2.0
+LEVELS_EVERY_S = 2.0
+POISON_DEATHS = 3
+
+
+class MarkingStore(Store, Protocol):
+    """A store that survives a worker which dies on an entry."""
+
+    was_clean: bool
+
+    def mark(self, entry: Entry) -> int:
+        """Note that `entry` is processed alone; how often that was noted without a commit since."""
+        ...
+
+    def lengths(self, keys: Sequence[str]) -> dict[str, int]: ...
+
+
+@dataclass
+class Options:
+    """How one run differs from another. `until_idle_s` None runs until it is stopped."""
+
+    until_idle_s: float | None = None
+    accept_gap: bool = False
+    stop: threading.Event = field(default_factory=threading.Event)
+    now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
+
+
+class Worker:
+    """Drives a pipeline over a store. `make_pipeline` gives a fresh one; `loadings` say how each agent loaded."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: MarkingStore,
+        make_pipeline: Callable[[], Pipeline],
+        loadings: Sequence[Loading],
+        *,
+        sensors: Sensors,
+        status: Status,
+        log: FilteringBoundLogger,
+        options: Options,
+    ) -> None:
+        self.settings = settings
+        self.keys = Keys(settings.namespace)
+        self.store = store
+        self.sensors = sensors
+        self.status = status
+        self.log = log
+        self.options = options
+        self.position = Position()
+        self.pipeline = make_pipeline()
+        self._make_pipeline = make_pipeline
+        self._loadings = loadings
+        self._states: dict[str, AgentState] = {}
+        self._cautious = 0
+        self._idle_since: float | None = None
+        self._levels_at = 0.0
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self, lease: LeaseKeeper) -> None:
+        """Serve until stopped or idle. Raises what ends a worker: fenced off, input lost, misuse."""
+        if not self._own():
+            return
+        lease.start()
+        try:
+            self._recover()
+            while not self._done():
+                self.status.beat()
+                if lease.lost.is_set():
+                    raise FencedError("another instance holds the lease; this one stops without writing")
+                self._turn()
+            self.store.release()
+        finally:
+            lease.stop()
+
+    def _turn(self) -> None:
+        try:
+            batch = self._read()
+            if batch.entries:
+                self._idle_since = None
+                self._process(batch.entries)
+            else:
+                self._idle()
+        except RewoundError as error:
+            self._resume_after_rewind(error)
+
+    def _done(self) -> bool:
+        if self.options.stop.is_set():
+            self.log.info("stopping: the batch in hand is committed")
+            return True
+        silent_s, limit_s = self._idle_since, self.options.until_idle_s
+        return silent_s is not None and limit_s is not None and time.monotonic() - silent_s >= limit_s
+
+    def _idle(self) -> None:
+        self._idle_since = self._idle_since or time.monotonic()
+        self._reaching(lambda: self.store.wait(self.position, self.settings.input_keys, WAIT_S))
+
+    # ------------------------------------------------------------------ owning and recovering
+
+    def _own(self) -> bool:
+        """Wait until this instance owns the stage; False where it is stopped before."""
+        waiting = False
+        while not self._reaching(self.store.acquire):
+            if not waiting:
+                self.log.info("standing by: another instance is alive and owns this namespace")
+                self.status.owner = Condition(ok=False, detail="standing by for another instance")
+            waiting = True
+            self.status.beat()
+            if self.options.stop.wait(STANDBY_POLL_S):
+                return False
+        self.status.owner = Condition(ok=True)
+        return True
+
+    def _recover(self) -> None:
+        """Take up what was committed, in one atomic read, and say what this instance starts with."""
+        self.pipeline = self._make_pipeline()
+        snapshot = self._reaching(lambda: self.store.load(PARTS))
+        self.position = snapshot.position
+        self.pipeline.restore(snapshot.state)
+        self.pipeline.intake.ids.last = snapshot.position.last_output_id
+        self._cautious = 0 if self.store.was_clean else self.settings.batch_size
+        events = [self._agent_event(loading, snapshot.state) for loading in self._loadings]
+        if self.position.inputs:
+            events.append(self._recovery_event(self.position))
+            self.sensors.metrics.recoveries()
+        self._commit(
+            Commit(
+                self.position,
+                appends={self.keys.events: encoded_events(events)},
+                state={"agents": self.pipeline.agent_changes()},
+                drops=self.pipeline.unused(snapshot.state),
+            )
+        )
+        self._tell_agents()
+
+    def _agent_event(self, loading: Loading, state: State) -> Event:
+        """What an agent starts with, and what served before where that was another artifact."""
+        if loading.model is None:
+            refusal = loading.refusal
+            reason, detail = (str(refusal.reason), refusal.detail) if refusal else ("", "")
+            return Event("agent_refused", agent=loading.agent, reason=reason, detail=detail)
+        before, _ = agents_in_use(state).get(loading.agent, (None, False))
+        changed = before is not None and before != loading.model.sha256
+        detail = "; ".join(part for part in (loading.model.detail, loading.note) if part)
+        evidence: dict[str, Any] = {"version": loading.model.version, "sha256": loading.model.sha256}
+        return Event(
+            "reload" if changed else "agent_loaded",
+            agent=loading.agent,
+            detail=detail,
+            evidence=evidence | ({"replaces": before} if changed else {}),
+        )
+
+    def _recovery_event(self, position: Position) -> Event:
+        inputs = {key: at.id for key, at in position.inputs.items()}
+        how = "after a clean end" if self.store.was_clean else "after an end that was not clean"
+        self.log.info("recovered", reason=how, position=inputs, series=len(self.pipeline.intake.series))
+        return Event("recovery", reason="clean" if self.store.was_clean else "crash", detail=how, evidence=inputs)
+
+    def _resume_after_rewind(self, error: RewoundError) -> None:
+        """The server lost its latest writes: go on from what it has, under the same IDs."""
+        self.log.error("the server went back in time; resuming from what it holds", detail=str(error))
+        if self._own():
+            self._recover()
+
+    # ------------------------------------------------------------------ a batch
+
+    def _read(self) -> Batch:
+        """The next batch, at most one entry while a crash is being approached again."""
+        count = 1 if self._cautious else self.settings.batch_size
+        keys = self.settings.input_keys
+        with self.sensors.stopwatch("read"):
+            try:
+                batch: Batch = self._reaching(lambda: self.store.read(self.position, keys, count))
+            except InputLostError as error:
+                self._accept_loss(error)
+                return Batch((), {})
+        self.position = with_baseline(self.position, batch.facts)
+        self._levels(batch)
+        return batch
+
+    def _process(self, entries: Sequence[Entry]) -> None:
+        poison = self._approach(entries)
+        result = self.pipeline.process(entries, self.options.now_ms(), poison=poison, stopwatch=self.sensors.stopwatch)
+        position = self.position.advanced(entries, self.pipeline.intake.ids.last)
+        with self.sensors.stopwatch("encode"):
+            commit = commit_of(self.keys, result, position)
+        self._commit(commit)
+        self.position = position
+        self._cautious = max(0, self._cautious - len(entries))
+        self.sensors.batch(result, self.options.now_ms())
+        self.status.batch(result, healthy=self.pipeline.intake.health.healthy)
+        self._tell_agents()
+        self._tell_events(result.events)
+
+    def _approach(self, entries: Sequence[Entry]) -> frozenset[tuple[str, str]]:
+        """After a crash each entry goes alone behind a mark, so that one which kills is found and left out."""
+        if not self._cautious:
+            return frozenset()
+        entry = entries[0]
+        deaths = self._reaching(lambda: self.store.mark(entry)) - 1
+        if deaths < POISON_DEATHS:
+            return frozenset()
+        self.log.error("entry left out: it ended the worker", reason="poison", key=entry.key, id=entry.id)
+        return frozenset({(entry.key, entry.id)})
+
+    def _commit(self, commit: Commit) -> None:
+        """Commit once, however often it takes; nothing else happens meanwhile."""
+        with self.sensors.stopwatch("commit"):
+            self._reaching(lambda: self.store.commit(commit), committing=True)
+        self.sensors.metrics.commits("ok")
+
+    def _accept_loss(self, error: InputLostError) -> None:
+        """Count what is gone and warm everything up again, if that was asked for; else stop."""
+        if not self.options.accept_gap:
+            raise error
+        self.log.error("input lost", reason="lost", key=error.key, lost=error.lost)
+        inputs = dict(self.position.inputs)
+        inputs[error.key] = error.resume
+        self.pipeline.intake.rewarm_all()
+        event = Event("gap", reason="lost", detail=str(error), evidence={"key": error.key, "lost": error.lost})
+        position = Position(inputs, self.position.last_output_id)
+        self._commit(
+            Commit(
+                position,
+                appends={self.keys.events: encoded_events([event])},
+                state={"series": self.pipeline.intake.changes()},
+            )
+        )
+        self.position = position
+        self.sensors.metrics.bars("lost", error.lost)
+
+    # ------------------------------------------------------------------ outages
+
+    def _reaching(self, call: Callable[[], Any], *, committing: bool = False) -> Any:
+        """Call until the server answers; gives up only when the worker is told to stop."""
+        pause_s = 0.05
+        while True:
+            try:
+                value = call()
+            except StoreUnavailableError as error:
+                self._note_outage(error, committing=committing)
+                if self.options.stop.wait(pause_s):
+                    raise
+                pause_s = min(2 * pause_s, LONGEST_BACKOFF_S)
+            except FencedError:
+                self.sensors.metrics.commits("fenced")
+                raise
+            else:
+                if not self.status.server.ok:
+                    self.log.info("connected to the server")
+                    self.status.server = Condition(ok=True)
+                return value
+
+    def _note_outage(self, error: StoreUnavailableError, *, committing: bool) -> None:
+        self.status.beat()
+        if self.status.server.ok:
+            self.log.error("the server is unavailable; nothing is lost, trying again", detail=str(error))
+        self.status.server = Condition(ok=False, detail=str(error))
+        if committing:
+            self.sensors.metrics.commits("unavailable")
+
+    # ------------------------------------------------------------------ telling
+
+    def _tell_agents(self) -> None:
+        """Log and publish each agent's change of state, once."""
+        states = {stage.seat.agent: stage.state for stage in self.pipeline.voting.stages}
+        if states == self._states:
+            return
+        for stage in self.pipeline.voting.stages:
+            if self._states.get(stage.seat.agent) is not stage.state:
+                line = f"agent is {stage.state}"
+                self.log.info(
+                    line,
+                    agent=stage.seat.agent,
+                    reason=stage.reason,
+                    version=stage.seat.model.version if stage.seat.model else None,
+                )
+        self._states = states
+        self.sensors.agents(self.pipeline)
+        self.status.agents(self.pipeline)
+        self._tell_ensemble(list(states.values()))
+
+    def _tell_ensemble(self, states: Sequence[AgentState]) -> None:
+        loaded = sum(state is not AgentState.REFUSED for state in states)
+        eligible = sum(state is AgentState.ACTIVE for state in states)
+        warming = sum(state is AgentState.WARMING_UP for state in states)
+        self.sensors.metrics.ensemble({"configured": len(states), "loaded": loaded, "eligible": eligible})
+        counts = f"{len(states)} configured, {loaded} loaded, {eligible} eligible, quorum {self.settings.quorum}"
+        if eligible >= self.settings.quorum and not warming:
+            line = f"ensemble ready: {counts}"
+        elif loaded < self.settings.quorum:
+            line = f"ensemble below quorum: {counts}: every signal will be HOLD below_quorum"
+        else:
+            line = f"ensemble warming up: {counts}"
+        self.log.info(line)
+
+    def _tell_events(self, events: Sequence[Event]) -> None:
+        for event in events:
+            level = self.log.warning if event.kind in ("revision", "feed_unhealthy") else self.log.info
+            level(event.kind, bar_id=event.bar_id, symbol=event.symbol, reason=event.reason, detail=event.detail)
+
+    def _levels(self, batch: Batch) -> None:
+        """Lag and lengths, every couple of seconds: they are asked of the server."""
+        now = time.monotonic()
+        if now - self._levels_at < LEVELS_EVERY_S:
+            return
+        self._levels_at = now
+        self.sensors.inputs(self.position, batch.facts)
+        outputs: Mapping[str, str] = {
+            "features": self.keys.features,
+            **{f"votes:{agent}": self.keys.votes(agent) for agent in self.settings.agents},
+            "signals": self.keys.signals,
+            "rejected": self.keys.rejected,
+            "events": self.keys.events,
+        }
+        lengths = self._reaching(lambda: self.store.lengths(list(outputs.values())))
+        for name, key in outputs.items():
+            self.sensors.metrics.length(name, lengths[key])
