@@ -91,6 +91,15 @@ def build(parsed: Parsed, metadata: Mapping[str, Any]) -> Built:  # noqa: ARG001
     )
 
 
+def describe(parsed: Parsed) -> dict[str, Any]:
+    """What can be told of a text that may yet be refused: `features` and `input_shape`, where it says so."""
+    try:
+        names = _names(parsed.header)
+        return {"features": names, "input_shape": (_integer(parsed.header["max_feature_idx"]) + 1,)}
+    except (KeyError, ValueError):
+        return {}
+
+
 def to_txt(data: bytes, suffix: str) -> bytes:
     """A model file of any suffix as the bytes of a `.txt`, best iterations only. Raises `Refused`."""
     parsed = parse(data, suffix)

@@ -77,6 +77,11 @@ def standard(mean: ArrayLike | None, scale: ArrayLike | None, features: Sequence
     return make("standard", mean=mean, scale=scale, features=features)
 
 
+def named(scaler: ColumnScaler, features: Sequence[str]) -> ScalerFile:
+    """A scaler that was matched to these features, as a file that names them."""
+    return make(scaler.kind, mean=scaler.mean, scale=scaler.scale, features=features, clip=scaler.clip)
+
+
 def make(
     kind: str,
     *,

@@ -88,6 +88,16 @@ def build(parsed: Parsed, metadata: Mapping[str, Any]) -> Built:  # noqa: ARG001
     )
 
 
+def describe(parsed: Parsed) -> dict[str, Any]:
+    """What can be told of a document that may yet be refused: `features` and `input_shape`, where it says so."""
+    try:
+        learner = parsed.document["learner"]
+        width = int(learner["learner_model_param"]["num_feature"])
+        return {"features": _names(learner, width), "input_shape": (width,)}
+    except (Refused, KeyError, TypeError, ValueError, AttributeError):
+        return {}
+
+
 def to_ubj(data: bytes, suffix: str) -> bytes:
     """A model file of any suffix as the bytes of a `.ubj`. Raises `Refused`, and if it is unknown or damaged."""
     parsed = parse(data, suffix)
