@@ -215,7 +215,7 @@ class VotingStage:
             columns = [vectors.names.index(feature) for feature in FEATURE_SETS[name].features]
             lengths = self._lengths(name)
             windows, held = ring.push(
-                accepted.rows, vectors.values[:, columns], lengths[-1], vectors.ready[name], accepted.restart
+                accepted.rows, vectors.values[:, columns], lengths[-1], accepted.restart, vectors.ready[name]
             )
             windows, held = windows[vectors.index], held[vectors.index]
             for length in lengths:

@@ -17,12 +17,12 @@ def vectors_of(n, seed=0):
     return vectors
 
 
-def push(windows, rows, vectors, length, restart=None, storage=None):
+def push(windows, rows, vectors, length, restart=None, storage=None, ready=None):
     rows = np.array(rows, np.int64)
-    given_back = windows.push(rows, vectors, length, restart)
+    found, held = windows.push(rows, vectors, length, restart, ready)
     if storage is not None:
         storage.update(windows.changes(rows))
-    return given_back
+    return found, held >= length
 
 
 operations = st.lists(st.tuples(st.integers(0, 3), st.booleans() | st.just(False)), min_size=1, max_size=60)
@@ -50,10 +50,10 @@ def test_windows_are_the_last_vectors_of_each_series_oldest_first(batches, lengt
 
 def test_one_vector_a_call_gives_the_bits_of_many_a_call():
     rows, vectors = np.arange(200) % 3, vectors_of(200)
-    found, full = SequenceWindows(WIDTH).push(rows, vectors, 16)
+    found, full = push(SequenceWindows(WIDTH), rows, vectors, 16)
     single = SequenceWindows(WIDTH)
     for i in range(200):
-        window, is_full = single.push(rows[i : i + 1], vectors[i : i + 1], 16)
+        window, is_full = push(single, rows[i : i + 1], vectors[i : i + 1], 16)
         assert is_full[0] == full[i]
         if full[i]:
             assert window[0].tobytes() == found[i].tobytes()
@@ -106,3 +106,13 @@ def test_malformed_pushes_are_refused():
         windows.push(np.array([0]), np.zeros((1, 2)), 2)
     with pytest.raises(ValueError, match="numbered from 0"):
         windows.push(np.array([-1]), vectors_of(1), 2)
+
+
+def test_a_vector_that_is_not_ready_is_not_kept_but_its_restart_counts():
+    windows, vectors = SequenceWindows(WIDTH, capacity=4), vectors_of(6)
+    ready = np.array([True, True, True, False, False, True])
+    restart = np.array([False, False, False, True, False, False])
+    found, held = windows.push(np.zeros(6, np.int64), vectors, 2, restart, ready)
+    assert held.tolist() == [1, 2, 3, 0, 0, 1]
+    assert np.array_equal(found[2], vectors[1:3], equal_nan=True)
+    assert np.array_equal(found[5, -1], vectors[5], equal_nan=True)

@@ -20,10 +20,11 @@ def _push(
     rows: NDArray[np.int64],
     vectors: NDArray[np.float64],
     restart: NDArray[np.bool_],
+    ready: NDArray[np.bool_],
     state: NDArray[Any],
     ring: NDArray[np.float64],
     windows: NDArray[np.float64],
-    full: NDArray[np.bool_],
+    held: NDArray[np.int64],
 ) -> None:
     capacity = ring.shape[1]
     length = windows.shape[1]
@@ -33,12 +34,13 @@ def _push(
             s.life += 1
             s.count = 0
             s.held = 0
-        ring[rows[i], s.count % capacity] = vectors[i]
-        s.count += 1
-        s.held = min(s.held + 1, capacity)
-        full[i] = s.held >= length
-        if full[i]:
-            for k in range(length):
+        held[i] = 0
+        if ready[i]:
+            ring[rows[i], s.count % capacity] = vectors[i]
+            s.count += 1
+            s.held = min(s.held + 1, capacity)
+            held[i] = s.held
+            for k in range(max(0, length - s.held), length):
                 windows[i, k] = ring[rows[i], (s.count - length + k) % capacity]
 
 
@@ -62,22 +64,26 @@ class SequenceWindows:
         vectors: NDArray[np.float64],
         length: int,
         restart: NDArray[np.bool_] | None = None,
-    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        ready: NDArray[np.bool_] | None = None,
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Append vectors `[N, C]` in order; give each row's last `length`, oldest first, `[N, length, C]`.
 
-        The second value `[N]` says which windows are full; the content of the others is
-        unspecified. `restart[i]` forgets the series before vector i.
+        The second value `[N]` is how many vectors the series then holds: a window is full where that
+        is `length` or more, and holds as many at its end where it is less; the rest of it is
+        unspecified. `restart[i]` forgets the series before vector i; a vector that is not `ready[i]`
+        is not appended, and 0 are held for it.
         """
         rows = np.require(rows, np.int64, ["C", "W"])
         vectors = np.require(vectors, np.float64, ["C", "W"])
         restart = np.zeros(len(rows), np.bool_) if restart is None else np.require(restart, np.bool_, ["C", "W"])
-        self._check(rows, vectors, restart, length)
+        ready = np.ones(len(rows), np.bool_) if ready is None else np.require(ready, np.bool_, ["C", "W"])
+        self._check(rows, vectors, restart, ready, length)
         windows = np.empty((len(rows), length, self.width))
-        full = np.empty(len(rows), np.bool_)
+        held = np.zeros(len(rows), np.int64)
         if len(rows):
             self._store.reserve(int(rows.max()) + 1)
-            _push(rows, vectors, restart, self._store.state, self._store.ring, windows, full)
-        return windows, full
+            _push(rows, vectors, restart, ready, self._store.state, self._store.ring, windows, held)
+        return windows, held
 
     def changes(self, rows: NDArray[np.int64]) -> list[tuple[bytes, bytes]]:
         """What to store after a push with these `rows`: one blob a distinct row, one a new vector."""
@@ -102,12 +108,17 @@ class SequenceWindows:
         return state["held"]
 
     def _check(
-        self, rows: NDArray[np.int64], vectors: NDArray[np.float64], restart: NDArray[np.bool_], length: int
+        self,
+        rows: NDArray[np.int64],
+        vectors: NDArray[np.float64],
+        restart: NDArray[np.bool_],
+        ready: NDArray[np.bool_],
+        length: int,
     ) -> None:
-        if vectors.shape != (len(rows), self.width) or restart.shape != rows.shape:
+        if vectors.shape != (len(rows), self.width) or restart.shape != rows.shape or ready.shape != rows.shape:
             raise ValueError(
-                f"rows {rows.shape}, vectors {vectors.shape}, restart {restart.shape}: "
-                f"expected [N], [N, {self.width}] and [N]"
+                f"rows {rows.shape}, vectors {vectors.shape}, restart {restart.shape}, ready {ready.shape}: "
+                f"expected [N], [N, {self.width}], [N] and [N]"
             )
         if not 1 <= length <= self.capacity:
             raise ValueError(f"window of {length} vectors: 1 to {self.capacity} (the capacity) can be had")
