@@ -26,7 +26,7 @@ PERIOD = 26.0
 DAMPING = 0.97
 BURN_IN = 400
 """Bars run before the first one kept, so that cycle and volatility are stationary."""
-AMPLITUDE = {"noise": 0.0, "cycle": 1.0, "planted": 3.0}
+AMPLITUDE = {"noise": 0.0, "cycle": 1.25, "planted": 3.0}
 """Standard deviation of the cycle in units of the walk's standard deviation over 12 bars / sqrt(2)."""
 
 Signal = Literal["noise", "cycle", "planted"]
