@@ -7,7 +7,6 @@ file. A setting that is not known is an error wherever it stands. Times carry th
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 import tomllib
@@ -15,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
@@ -76,6 +74,7 @@ _DEFAULT_RESIDUAL = MappingProxyType(dict.fromkeys(AGENTS, 0.01))
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 AgentNames = Annotated[Names, AfterValidator(_known_agents)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Frozen = AfterValidator(MappingProxyType)
 
@@ -96,7 +95,7 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     agents: AgentNames = Field(AGENTS, min_length=1, description="agents that are configured, of the known four")
-    weights: Annotated[Mapping[str, Share], _overrides(_DEFAULT_WEIGHTS), Frozen] = Field(
+    weights: Annotated[Mapping[str, Weight], _overrides(_DEFAULT_WEIGHTS), Frozen] = Field(
         default_factory=dict, description="weight of each agent's vote, >= 0; need not sum to 1"
     )
     quorum: int = Field(3, ge=1, le=len(AGENTS), description="agreeing agents that a BUY or SELL needs")
@@ -187,9 +186,8 @@ class Settings(BaseSettings):
                 f"quorum is {self.quorum} but only {len(self.agents)} agents are configured: "
                 f"set quorum to {len(self.agents)} or less, or configure more agents"
             )
-        total = math.fsum(self.weights[agent] for agent in self.agents)
-        if not 0 < total < math.inf:
-            raise ValueError("weights of the configured agents must have a finite sum above 0")
+        if not any(self.weights[agent] for agent in self.agents):
+            raise ValueError("weights of the configured agents are all 0: give at least one of them a weight")
         return self
 
     def describe(self) -> dict[str, Any]:
@@ -202,13 +200,9 @@ class Settings(BaseSettings):
 
 
 def mask(url: str) -> str:
-    """`url` with its password, if it has one, replaced by stars."""
-    parts = urlsplit(url)
-    if not parts.netloc.count("@"):
-        return url
-    login, _, host = parts.netloc.rpartition("@")
-    user, colon, _ = login.partition(":")
-    return urlunsplit(parts._replace(netloc=f"{user}{colon and ':***'}@{host}"))
+    """`url` with its password, if it has one, replaced by stars; rather too much is hidden than too little."""
+    without_login = re.sub(r"(?<=://)([^:@/]*):.*@", r"\1:***@", url, flags=re.DOTALL)
+    return re.sub(r"([?&]password=)[^&]*", r"\1***", without_login)
 
 
 def _plain(value: Any) -> Any:
