@@ -1,0 +1,190 @@
+"""Puts a worker together from its settings: the server, the models, the pipeline, metrics and HTTP."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import redis
+from prometheus_client import CollectorRegistry
+from structlog.typing import FilteringBoundLogger
+
+from agents.artifacts import Loading, LoadOptions, load_agent
+from streams import embedded
+from streams.keys import Keys
+from streams.redis import RedisStore, check_server, connect
+from streams.validation import Limits
+from worker.errors import CheckFailed, Unavailable
+from worker.http import HttpServer, Probes
+from worker.lease import LeaseKeeper
+from worker.metrics import Metrics
+from worker.pipeline import Pipeline, agents_in_use
+from worker.sensors import Sensors
+from worker.service import Options, Worker
+from worker.settings import EMBEDDED, Settings, mask
+from worker.status import Status
+from worker.voting import Seat
+
+
+def limits_of(settings: Settings) -> Limits:
+    """What the feed may send, from the settings."""
+    return Limits(
+        intervals=None if settings.intervals is None else frozenset(settings.intervals),
+        clock_skew_ms=round(settings.clock_skew_s * 1000),
+        max_gap_bars=settings.max_gap_bars,
+        max_symbols=settings.max_symbols,
+        max_bar_age_intervals=settings.max_bar_age_intervals,
+        frozen_bars=settings.frozen_bars,
+        jump_ratio=settings.jump_ratio,
+    )
+
+
+def load_options(settings: Settings) -> LoadOptions:
+    """How artifacts are loaded, from the settings."""
+    return LoadOptions(
+        allow_unscaled=frozenset(settings.allow_unscaled),
+        threshold=settings.threshold,
+        residual_std=settings.residual_std,
+    )
+
+
+def use_one_thread_a_model() -> None:
+    """Two torch threads were often slower than one on two cores, and models run side by side anyway."""
+    import torch  # noqa: PLC0415  seconds that only a worker needs
+
+    torch.set_num_threads(1)
+
+
+def use_kernel_cache(state_dir: Path) -> None:
+    """Keep compiled kernels in the state directory; before the first import of numba."""
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(state_dir.resolve() / "numba"))
+
+
+def load_agents(settings: Settings, in_use: dict[str, str | None], log: FilteringBoundLogger) -> list[Loading]:
+    """Load and probe every configured agent, one log line each.
+
+    Raises `CheckFailed` where not one of them has a model that may vote.
+    """
+    loadings = []
+    for agent in settings.agents:
+        loading = load_agent(settings.models, agent, load_options(settings), in_use.get(agent))
+        loadings.append(loading)
+        _tell(loading, log)
+    if all(loading.model is None for loading in loadings):
+        reasons = "; ".join(f"{x.agent}: {x.refusal.reason}" for x in loadings if x.refusal)
+        raise CheckFailed(
+            f"no agent can vote with what is in {settings.models} ({reasons}). Train models there with "
+            f"`quartet train --bars FILE --agent all --models {settings.models}`, or name another folder with "
+            "--models; `quartet models list` says what was found"
+        )
+    return loadings
+
+
+def _tell(loading: Loading, log: FilteringBoundLogger) -> None:
+    model = loading.model
+    if model is None:
+        refusal = loading.refusal
+        file = loading.candidate.file.name if loading.candidate else None
+        log.error(
+            "agent refused",
+            agent=loading.agent,
+            reason=str(refusal.reason) if refusal else "",
+            detail=refusal.detail if refusal else "",
+            file=file,
+        )
+        return
+    log.info(
+        "agent loaded",
+        agent=loading.agent,
+        file=model.file.name,
+        version=model.version,
+        architecture=model.architecture,
+        input_shape=model.input_shape,
+        outputs=model.outputs,
+        parameters=model.parameters,
+        scaler="none" if model.scaler is None else loading.facts.get("scaler", "yes"),
+        contract=model.contract[:12],
+        probe="passed",
+        detail=model.detail or None,
+    )
+
+
+def pipeline_factory(settings: Settings, loadings: Sequence[Loading]) -> Callable[[], Pipeline]:
+    """Makes fresh pipelines over the same loaded models."""
+    seats = [Seat(x.agent, settings.weights[x.agent], x.model, x.refusal) for x in loadings]
+
+    def make() -> Pipeline:
+        return Pipeline(
+            seats,
+            quorum=settings.quorum,
+            limits=limits_of(settings),
+            warmup_bars=settings.warmup_bars,
+            window_capacity=settings.window_capacity,
+            several_keys=len(settings.input_keys) > 1,
+        )
+
+    return make
+
+
+@contextmanager
+def server_url(settings: Settings, *, start: bool) -> Iterator[str]:
+    """The server's URL; with `start` the embedded one is started if none runs.
+
+    Raises `Unavailable` where the embedded one does not run and may not be started.
+    """
+    if settings.redis != EMBEDDED:
+        yield settings.redis
+    elif start:
+        with embedded.start(settings.state_dir) as server:
+            yield server.url
+    else:
+        url = embedded.find(settings.state_dir)
+        if url is None:
+            raise Unavailable(
+                f"no embedded server runs in {settings.state_dir}; start one with `quartet run` or `quartet demo`, "
+                "or name a server with --redis URL"
+            )
+        yield url
+
+
+def open_client(url: str) -> redis.Redis:
+    """A client of a server that can keep the promises. Raises what `check_server` raises."""
+    client = connect(url)
+    check_server(client)
+    return client
+
+
+def serve(settings: Settings, options: Options, log: FilteringBoundLogger) -> None:
+    """`quartet run`: everything from the server to the last commit."""
+    use_kernel_cache(settings.state_dir)
+    use_one_thread_a_model()
+    with server_url(settings, start=True) as url:
+        client = open_client(url)
+        keys = Keys(settings.namespace)
+        store = RedisStore(client, keys, lease_s=settings.lease_s, retain=settings.retain)
+        log.info("server", url=mask(url), namespace=settings.namespace)
+        status = Status(settings.agents, settings.quorum)
+        registry = CollectorRegistry()
+        sensors = Sensors(Metrics(registry, settings.agents))
+        probes = Probes(registry, lambda: status.heartbeat, status.readiness, heartbeat_limit_s=30.0)
+        http = HttpServer(probes, settings.http_host, settings.http_port)
+        log.info("metrics and health", url=http.url)
+        try:
+            in_use = {name: pair[0] for name, pair in agents_in_use(store.load(("agents",)).state).items()}
+            loadings = load_agents(settings, in_use, log)
+            worker = Worker(
+                settings,
+                store,
+                pipeline_factory(settings, loadings),
+                loadings,
+                sensors=sensors,
+                status=status,
+                log=log,
+                options=options,
+            )
+            twin = store.with_client(connect(url))
+            worker.run(LeaseKeeper(twin.renew, lambda: status.heartbeat, settings.lease_s / 4))
+        finally:
+            http.close()

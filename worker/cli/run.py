@@ -1,0 +1,37 @@
+"""`quartet run`: serve until SIGTERM."""
+
+from __future__ import annotations
+
+import signal
+from typing import Annotated, Any
+
+import typer
+
+from worker.cli.options import with_settings
+from worker.settings import Settings
+
+
+@with_settings
+def run(
+    settings: Settings,
+    until_idle: Annotated[
+        float | None,
+        typer.Option("--until-idle", metavar="SECONDS", min=0, help="Stop once the input was silent this long."),
+    ] = None,
+    accept_gap: Annotated[
+        bool, typer.Option("--accept-gap", help="Go on past input that is gone: count it as lost and warm up again.")
+    ] = False,
+) -> None:
+    """Serve: bars in, votes and signals out, until SIGTERM."""
+    from worker.assembly import serve
+    from worker.logs import make_logger
+    from worker.service import Options
+
+    options = Options(until_idle_s=until_idle, accept_gap=accept_gap)
+
+    def stop(_number: int, _frame: Any) -> None:
+        options.stop.set()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    serve(settings, options, make_logger(settings.log_level))
