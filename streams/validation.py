@@ -55,11 +55,11 @@ HOUR_MS = 3_600_000
 INTERVAL_UNIT_MS = {"s": 1_000, "m": 60_000, "h": HOUR_MS, "d": DAY_MS}
 DEFAULT_INTERVAL = "1m"
 
-_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
-_INTEGER = re.compile(r"[+-]?\d+")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_INTEGER = re.compile(r"[+-]?[0-9]+")
 _NOT_FINITE = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
 _SYMBOL = re.compile(r"[A-Za-z0-9._:/-]{1,64}")
-_INTERVAL = re.compile(r"([1-9]\d{0,4})([smhd])")
+_INTERVAL = re.compile(r"([1-9][0-9]{0,4})([smhd])")
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 _JSON_CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _TRUE = frozenset(("true", "1"))
@@ -142,7 +142,8 @@ def read_json(data: bytes) -> Any:
     try:
         value = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        raise BadBarError("type", f"data is not JSON: {error}") from None
+        reason = "oversize" if "ecursion" in str(error) else "type"
+        raise BadBarError(reason, f"data is not JSON that can be read: {error}") from None
     if _depth(value, MAX_JSON_DEPTH + 1) > MAX_JSON_DEPTH:
         raise BadBarError("oversize", f"JSON deeper than {MAX_JSON_DEPTH}")
     if isinstance(value, dict) and len(value) > MAX_FIELDS:
