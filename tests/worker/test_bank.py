@@ -134,6 +134,13 @@ def test_changing_the_core_sets_leaves_the_extended_group_alone():
 # Stored state
 
 
+def memory_of(storage, sets):
+    """The bytes of state and rings that a stored state leads to."""
+    bank = FeatureBank(sets)
+    bank.restore(storage)
+    return bank._store.state.tobytes(), bank._store.ring.tobytes()
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     cut=st.integers(0, 200),
@@ -143,8 +150,8 @@ def test_changing_the_core_sets_leaves_the_extended_group_alone():
 )
 def test_a_restored_bank_continues_bit_for_bit(cut, restart_at, sets, size):
     bars = random_walk(8, 260)
-    expected, expected_ready = feed(FeatureBank(sets), bars, 3, restart_at, size=1)
-    storage = {}
+    storage, expected_storage = {}, {}
+    expected, expected_ready = feed(FeatureBank(sets), bars, 3, restart_at, expected_storage, size=1)
     first, _ = feed(FeatureBank(sets), bars[:cut], 3, restart_at, storage, size) if cut else (expected[:0], None)
     later = None if restart_at is None else restart_at - cut
     bank = FeatureBank(sets)
@@ -152,6 +159,7 @@ def test_a_restored_bank_continues_bit_for_bit(cut, restart_at, sets, size):
     second, ready = feed(bank, bars[cut:], 3, later, storage, size)
     assert np.concatenate([first, second]).tobytes() == expected.tobytes()
     assert np.array_equal(ready, expected_ready[cut:])
+    assert memory_of(storage, sets) == memory_of(expected_storage, sets)
 
 
 def test_what_is_stored_grows_with_new_bars_and_never_holds_the_whole_window():

@@ -77,7 +77,7 @@ class FeatureBank:
             records = out.view(COLUMN_RECORD)[:, 0]
             bars = ohlcv.view(BAR_RECORD)[:, 0]
             advance(rows, bars, restart, self._extended, self._store.state, self._store.ring, records, counts)
-        return out[:, self._columns], counts[:, self._groups] >= self._warmup
+        return np.take(out, self._columns, axis=1), counts[:, self._groups] >= self._warmup
 
     def changes(self, rows: NDArray[np.int64]) -> list[tuple[bytes, bytes]]:
         """What to store after an update with these `rows`: fields and blobs.

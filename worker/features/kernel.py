@@ -170,11 +170,24 @@ def _core_windows(t: int, window: Any, f: Any) -> None:
 
 
 @compiled
+def _record(bar: Any, item: Any) -> None:
+    """Put a bar into its slot, nothing left of what was there: equal histories are equal bytes."""
+    item.close = bar.close
+    item.volume = bar.volume
+    item.high = 0.0
+    item.low = 0.0
+    item.true_range = 0.0
+    item.plus_dm = 0.0
+    item.minus_dm = 0.0
+    item.dx = 0.0
+    item.stoch_k = 0.0
+
+
+@compiled
 def _core(bar: Any, s: Any, window: Any, f: Any) -> None:
     t = s.count
     s.count = t + 1
-    window[t & _MASK].close = bar.close
-    window[t & _MASK].volume = bar.volume
+    _record(bar, window[t & _MASK])
     f.open = bar.open
     f.high = bar.high
     f.low = bar.low
