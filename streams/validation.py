@@ -142,7 +142,7 @@ def read_json(data: bytes) -> Any:
     try:
         value = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        reason = "oversize" if "ecursion" in str(error) else "type"
+        reason = "oversize" if "depth" in str(error) else "type"
         raise BadBarError(reason, f"data is not JSON that can be read: {error}") from None
     if _depth(value, MAX_JSON_DEPTH + 1) > MAX_JSON_DEPTH:
         raise BadBarError("oversize", f"JSON deeper than {MAX_JSON_DEPTH}")
