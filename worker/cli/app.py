@@ -20,6 +20,9 @@ from worker.errors import UNAVAILABLE, USAGE, expected
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells give it: 128 and the number of SIGINT."""
 
+PIPE_CLOSED = 141
+"""The exit code after the reader of our output went away: 128 and the number of SIGPIPE."""
+
 _OURS = frozenset({"worker", "agents", "streams"})
 
 _COMMANDS: tuple[tuple[str, str, str], ...] = (
@@ -111,7 +114,7 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader went away, as in `quartet ... | head`; nothing is left to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
+        return PIPE_CLOSED
     except (Exception, SystemExit) as error:  # noqa: BLE001  what is not expected is raised again
         return _failure(error)
     return result if type(result) is int else 0
@@ -120,17 +123,19 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
 def _failure(error: BaseException) -> int:
     """The exit code of a failure after saying it in one line; what nobody foresaw is raised again."""
     if isinstance(error, SystemExit):
+        if isinstance(error.__context__, BrokenPipeError):
+            return PIPE_CLOSED
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, typer.Abort):
         return INTERRUPTED
-    known = expected(error)
-    if known is not None:
-        return _say(str(known), known.exit_code)
     if hasattr(error, "format_message"):  # the command line's own errors, whatever class the library gives them
         text = error.format_message()
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "quartet"
         return _say(f"{text.rstrip('.')}; see `{path} --help`" if text else "", getattr(error, "exit_code", USAGE))
+    known = expected(error)
+    if known is not None:
+        return _say(str(known), known.exit_code)
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in _OURS:
         return _say(f"the module {error.name} is not installed; install the extra that carries it", UNAVAILABLE)
     raise error
