@@ -24,8 +24,6 @@ from numpy.typing import NDArray
 from agents import lgbm, nhits, patchtst, scalers, xgb
 from agents.agent import Built, Family, Outputs
 from agents.artifacts import discover
-from agents.nhits import NHiTS
-from agents.patchtst import PatchTST
 from streams.messages import AGENTS
 from worker.errors import UsageError
 from worker.training import networks, trees
@@ -185,14 +183,14 @@ def _train_one(
 
 def _fit(
     agent: str, scaled: Scaled, parts: Parts, seed: int, on_step: Callable[[int, int], None]
-) -> tuple[bytes, dict[str, Any]]:
+) -> tuple[bytes, Mapping[str, Any]]:
     """The bytes of the model, and the metadata that its shape needs."""
     samples, z = scaled.samples, scaled.z
     if agent in SEQUENCE:
-        paths = networks.PathData(z, samples.paths, WINDOW, parts.training, parts.validation)
-        module, output, shape = _network(agent, len(samples.feature_set), seed)
-        networks.fit_network(module, output, paths, seed, on_step)
-        return networks.state_bytes(module), shape
+        paths = networks.PathData(z, samples.paths, parts.training, parts.validation)
+        network = networks.make_network(agent, len(samples.feature_set), seed)
+        networks.fit_network(network, paths, seed, on_step)
+        return networks.state_bytes(network.module), network.metadata
     returns = samples.paths[:, -1]
     data = trees.TreeData(
         samples.feature_set.features,
@@ -203,27 +201,6 @@ def _fit(
     )
     fit = trees.fit_xgboost if agent == "xgboost" else trees.fit_lightgbm
     return fit(data, seed, on_step), {"window": 1}
-
-
-def _network(agent: str, features: int, seed: int) -> tuple[torch.nn.Module, torch.nn.Linear, dict[str, Any]]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if agent == "nhits":
-            hits = NHiTS(WINDOW, features, hidden=(48, 48), blocks=3, outputs=HORIZON, dropout=0.3)
-            return hits, hits.output_layer, {"window": WINDOW}
-        heads, patch, stride = 4, 16, 8
-        patches = PatchTST(
-            features,
-            d_model=32,
-            heads=heads,
-            layers=1,
-            feed_forward=64,
-            outputs=HORIZON,
-            patch=patch,
-            stride=stride,
-            dropout=0.2,
-        )
-        return patches, patches.output_proj, {"window": WINDOW, "n_heads": heads, "patch": patch, "stride": stride}
 
 
 def _inputs(scaled: Scaled, at: NDArray[np.int64], window: int) -> NDArray[np.float32]:
