@@ -186,6 +186,6 @@ def _check_patches(window: int, patch: int, stride: int, positions: int) -> None
     patches = (window - patch) // stride + 1
     if window < patch or patches > positions:
         raise checkpoint.mismatch(
-            f"a window of {window} bars gives {max(patches, 0)} patches of {patch} bars, but pos_encoding has {positions} "
+            f"a window of {window} bars gives {max(patches, 0)} patches of {patch}, but pos_encoding has {positions} "
             "rows; state the true `window`, `patch` and `stride` in the metadata"
         )
