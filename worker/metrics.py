@@ -48,6 +48,8 @@ class Metrics:
         self._declare_agents(registry)
         self._declare_ensemble(registry)
         self._declare_streams(registry)
+        self._states: dict[str, AgentState] = {}
+        self._infos: dict[str, tuple[str, str, str]] = {}
         for agent in agents:
             self.add_agent(agent)
 
@@ -132,6 +134,7 @@ class Metrics:
     def remove_agent(self, agent: str) -> None:
         """Remove every series of an agent: of a canary that was promoted or rolled back."""
         self._forget_model(agent)
+        self._states.pop(agent, None)
         for state in AgentState:
             self._state.remove(agent, str(state))
         self._inference.remove(agent)
@@ -140,6 +143,9 @@ class Metrics:
 
     def agent_state(self, agent: str, state: AgentState) -> None:
         """Set the one state that holds; `refused` and `loading` also remove what described the model."""
+        if self._states.get(agent) is state:
+            return
+        self._states[agent] = state
         for each in AgentState:
             self._state.labels(agent, str(each)).set(each is state)
         if state in (AgentState.REFUSED, AgentState.LOADING):
@@ -147,6 +153,9 @@ class Metrics:
 
     def agent_info(self, agent: str, version: str, contract: str, sha256: str) -> None:
         """The artifact that serves, in place of the one before."""
+        if self._infos.get(agent) == (version, contract, sha256):
+            return
+        self._infos[agent] = version, contract, sha256
         self._info.remove_by_labels({"agent": agent})
         self._info.labels(agent, version, contract, sha256).set(1)
 
@@ -170,6 +179,7 @@ class Metrics:
             self._degenerate.labels(agent, criterion).set(criterion in hits)
 
     def _forget_model(self, agent: str) -> None:
+        self._infos.pop(agent, None)
         for gauge in (
             self._info,
             self._weight,

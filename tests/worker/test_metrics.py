@@ -156,6 +156,14 @@ def test_a_reload_leaves_one_info_series(registry: CollectorRegistry, metrics: M
     assert [dict(labels)["version"] for labels in infos] == ["new"]
 
 
+def test_a_model_that_comes_back_the_same_has_its_info_again(registry: CollectorRegistry, metrics: Metrics) -> None:
+    labels = {"agent": "nhits", "version": "v", "contract": "c", "sha256": "f"}
+    for state in (AgentState.ACTIVE, AgentState.REFUSED, AgentState.ACTIVE):
+        metrics.agent_state("nhits", state)
+        metrics.agent_info("nhits", "v", "c", "f")
+    assert registry.get_sample_value("quartet_agent_info", labels) == 1
+
+
 def test_a_canary_has_series_only_while_there_is_one(registry: CollectorRegistry, metrics: Metrics) -> None:
     before = series(registry)
     metrics.add_agent("nhits_canary")
@@ -164,6 +172,10 @@ def test_a_canary_has_series_only_while_there_is_one(registry: CollectorRegistry
     assert {dict(labels).get("agent") for _, labels in series(registry) - before} == {"nhits_canary"}
     metrics.remove_agent("nhits_canary")
     assert series(registry) == before
+    metrics.add_agent("nhits_canary")
+    state = {"agent": "nhits_canary", "state": "loading"}
+    assert registry.get_sample_value("quartet_agent_state", state) == 1
+    metrics.remove_agent("nhits_canary")
     with pytest.raises(KeyError):
         metrics.votes("nhits_canary", Action.BUY)
 
