@@ -26,7 +26,7 @@ from streams.validation import (
     read_fields,
 )
 
-STAGE = "validate"
+STAGE = "intake"
 OUTCOMES = ("accepted", "rejected", "duplicate", "unclosed", "lost")
 FLAGS = ("gap", "late", "jump", "frozen", "stale")
 FEED_WINDOW = 500

@@ -82,7 +82,7 @@ class Pipeline:
         stopwatch: Stopwatch = nullcontext,
     ) -> Result:
         """One batch of input entries. `now_ms` judges lateness and bars from the future, never values."""
-        with stopwatch("validate"):
+        with stopwatch("intake"):
             accepted = self.intake.accept(entries, now_ms, poison)
         with stopwatch("features"):
             vectors = self._compute(accepted)
@@ -90,7 +90,7 @@ class Pipeline:
             ballots = self.voting.vote(vectors, stopwatch)
         with stopwatch("consensus"):
             signals = self._decide(vectors, ballots)
-        with stopwatch("encode"):
+        with stopwatch("pack"):
             state = self._changes(accepted)
         return Result(accepted, vectors, ballots, signals, state, accepted.events)
 

@@ -219,7 +219,7 @@ class Worker:
         poison = self._approach(entries)
         result = self.pipeline.process(entries, self.options.now_ms(), poison=poison, stopwatch=self.sensors.stopwatch)
         position = self.position.advanced(entries, self.pipeline.intake.ids.last)
-        with self.sensors.stopwatch("encode"):
+        with self.sensors.stopwatch("pack"):
             commit = commit_of(self.keys, result, position)
         self._commit(commit)
         self.position = position
