@@ -26,24 +26,20 @@ _NUMBERS: dict[bytes, np.dtype[Any]] = {
 _CONSTANTS = {b"Z": None, b"T": True, b"F": False}
 
 
-def decode(data: bytes) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """The document, and where in `data` each of its outermost values begins and ends.
-
-    Raises `ValueError` on whatever is not exactly one well-formed document.
-    """
+def decode(data: bytes) -> dict[str, Any]:
+    """The document. Raises `ValueError` on whatever is not exactly one well-formed object."""
     reader = _Reader(data)
     if reader.take(1) != b"{":
         raise ValueError("a document begins with an object")
     document = reader.object(0)
     if reader.at != len(data):
         raise ValueError(f"{len(data) - reader.at} bytes after the end")
-    return document, reader.spans
+    return document
 
 
 class _Reader:
     def __init__(self, data: bytes) -> None:
         self.data, self.at, self.values = data, 0, 0
-        self.spans: dict[str, tuple[int, int]] = {}
 
     def take(self, n: int) -> bytes:
         if n < 0 or self.at + n > len(self.data):
@@ -89,10 +85,7 @@ class _Reader:
             key = self.text()
             if key in found:
                 raise ValueError(f"the key {key[:40]!r} twice")
-            start = self.at
             found[key] = self.value(depth + 1)
-            if depth == 0:
-                self.spans[key] = (start, self.at)
         self.at += 1
         return found
 
@@ -113,3 +106,46 @@ class _Reader:
             items.append(self.value(depth + 1))
         self.at += 1
         return items
+
+
+def encode(value: Any) -> bytes:
+    """The bytes of a document of objects, lists, text, integers, float32 and numeric arrays."""
+    parts: list[bytes] = []
+    _write(value, parts)
+    return b"".join(parts)
+
+
+_MARKERS = {dtype.str[1:]: marker for marker, dtype in _NUMBERS.items()}
+
+
+def _length(n: int) -> bytes:
+    return b"L" + n.to_bytes(8, "big")
+
+
+def _text(value: str) -> bytes:
+    data = value.encode()
+    return _length(len(data)) + data
+
+
+def _write(value: Any, parts: list[bytes]) -> None:
+    if isinstance(value, dict):
+        parts.append(b"{")
+        for key, item in value.items():
+            parts.append(_text(key))
+            _write(item, parts)
+        parts.append(b"}")
+    elif isinstance(value, np.ndarray):
+        marker = _MARKERS[value.dtype.str[1:]]
+        parts.append(b"[$" + marker + b"#" + _length(len(value)) + value.astype(_NUMBERS[marker]).tobytes())
+    elif isinstance(value, (list, tuple)):
+        parts.append(b"[#" + _length(len(value)))
+        for item in value:
+            _write(item, parts)
+    elif isinstance(value, str):
+        parts.append(b"S" + _text(value))
+    elif isinstance(value, int):
+        parts.append(b"L" + value.to_bytes(8, "big", signed=True))
+    elif isinstance(value, float):
+        parts.append(b"d" + np.array(value, _NUMBERS[b"d"]).tobytes())
+    else:
+        raise TypeError(f"{type(value).__name__} is not written")

@@ -111,12 +111,12 @@ def _print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> N
         from rich.table import Table
 
         table = Table(*columns)
-        for row in cells:
-            table.add_row(*row)
+        for line in cells:
+            table.add_row(*line)
         Console().print(table, markup=False)
     else:
-        for row in [list(columns), *cells]:
-            typer.echo("\t".join(row))
+        for line in [list(columns), *cells]:
+            typer.echo("\t".join(line))
     for row in rows:
         if row["detail"]:
             typer.echo(f"{Path(row['file']).name}: {row['detail']}")
