@@ -142,7 +142,7 @@ class Metrics:
         self._abstentions.remove(agent)
 
     def agent_state(self, agent: str, state: AgentState) -> None:
-        """Set the one state that holds; `refused` and `loading` also remove what described the model."""
+        """Set the one state that holds; to become `refused` or `loading` removes what described the model."""
         if self._states.get(agent) is state:
             return
         self._states[agent] = state
@@ -153,18 +153,22 @@ class Metrics:
 
     def agent_info(self, agent: str, version: str, contract: str, sha256: str) -> None:
         """The artifact that serves, in place of the one before."""
-        if self._infos.get(agent) == (version, contract, sha256):
+        if self._is_refused(agent) or self._infos.get(agent) == (version, contract, sha256):
             return
         self._infos[agent] = version, contract, sha256
         self._info.remove_by_labels({"agent": agent})
         self._info.labels(agent, version, contract, sha256).set(1)
 
     def weights(self, agent: str, configured: float, effective: float) -> None:
+        if self._is_refused(agent):
+            return
         self._weight.labels(agent, "configured").set(configured)
         self._weight.labels(agent, "effective").set(effective)
 
     def quality(self, agent: str, *, top_action: float, hold: float, stddev: float, p10_p90: float) -> None:
         """The shape of an agent's recent votes; ratios 0..1."""
+        if self._is_refused(agent):
+            return
         self._top_action.labels(agent).set(top_action)
         self._hold.labels(agent).set(hold)
         self._stddev.labels(agent).set(stddev)
@@ -175,8 +179,14 @@ class Metrics:
         hits = frozenset(found)
         if not hits <= set(CRITERIA):
             raise KeyError(f"quartet_agent_degenerate: {sorted(hits - set(CRITERIA))} are not among {CRITERIA}")
+        if self._is_refused(agent):
+            return
         for criterion in CRITERIA:
             self._degenerate.labels(agent, criterion).set(criterion in hits)
+
+    def _is_refused(self, agent: str) -> bool:
+        """A refused agent has no gauges of a model, whatever is reported of it."""
+        return self._states.get(agent) is AgentState.REFUSED
 
     def _forget_model(self, agent: str) -> None:
         self._infos.pop(agent, None)

@@ -135,9 +135,17 @@ def test_gauges_of_a_model_that_is_gone_are_removed_not_frozen(
     registry: CollectorRegistry, metrics: Metrics, state: AgentState
 ) -> None:
     before = series(registry)
+    metrics.agent_state("nhits", AgentState.ACTIVE)
     describe_model(metrics, "nhits")
     assert len(series(registry) - before) == 7 + len(CRITERIA)
     metrics.agent_state("nhits", state)
+    assert series(registry) == before
+
+
+def test_what_is_reported_of_a_refused_agent_makes_no_gauges(registry: CollectorRegistry, metrics: Metrics) -> None:
+    before = series(registry)
+    metrics.agent_state("nhits", AgentState.REFUSED)
+    describe_model(metrics, "nhits")
     assert series(registry) == before
 
 
