@@ -217,6 +217,23 @@ def test_the_extended_group_starts_when_a_state_without_it_is_restored():
     assert int(ready[:, 2].argmax()) + 1 == V6.warmup_bars
 
 
+def test_a_stored_group_that_missed_bars_is_not_taken_up_again():
+    """Stored with v6, run without it for a while, then with it: its sums would have a hole."""
+    bars = random_walk(19, 700)
+    storage = {}
+    feed(FeatureBank(ALL), bars[:300], storage=storage)
+    bank = FeatureBank((V3,))
+    bank.restore(storage)
+    feed(bank, bars[300:350], storage=storage)
+    bank.set_sets(ALL)
+    _, ready = feed(bank, bars[350:])
+    assert int(ready[:, 2].argmax()) + 1 == V6.warmup_bars
+    restarted = FeatureBank(ALL)
+    restarted.restore(storage)
+    _, ready = feed(restarted, bars[350:])
+    assert int(ready[:, 2].argmax()) + 1 == V6.warmup_bars
+
+
 @pytest.mark.parametrize("crash", [False, True])
 def test_a_removed_group_stays_forgotten_for_series_without_new_bars(crash):
     """A restart between the removal and the return of the group must change nothing."""

@@ -98,6 +98,15 @@ def test_a_corrupt_or_missing_vector_is_refused():
         SequenceWindows(WIDTH + 1, 4).restore(storage)
 
 
+def test_a_vector_of_an_earlier_life_is_no_replacement_for_a_missing_one():
+    windows, storage = SequenceWindows(WIDTH, capacity=4), {}
+    push(windows, [0] * 4, vectors_of(4), 4, storage=storage)
+    old = storage[b"0:2"]
+    push(windows, [0] * 4, vectors_of(4, seed=1), 4, np.array([True, False, False, False]), storage=storage)
+    with pytest.raises(StateCorruptError, match="3 items"):
+        SequenceWindows(WIDTH, 4).restore({**storage, b"0:2": old})
+
+
 def test_malformed_pushes_are_refused():
     windows = SequenceWindows(WIDTH, capacity=4)
     with pytest.raises(ValueError, match="window of 5 vectors: 1 to 4"):

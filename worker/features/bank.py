@@ -31,7 +31,8 @@ class FeatureBank:
     """Incremental features of any number of series.
 
     `sets` are the feature sets in use; `warmup_bars` overrides a set's own by its name. Raises
-    ValueError where a warm-up is shorter than the set's longest window.
+    ValueError where a warm-up is shorter than the set's longest window. The first bank of a process
+    compiles the kernel (seconds) or loads it from numba's cache (`NUMBA_CACHE_DIR`).
     """
 
     def __init__(self, sets: Sequence[FeatureSet] = (V3,), warmup_bars: Mapping[str, int] | None = None) -> None:
@@ -40,6 +41,8 @@ class FeatureBank:
         self._stale: set[int] = set()
         self._extended = False
         self.set_sets(sets)
+        # Compile, or load from the cache, now rather than at the first bar.
+        self.update(np.zeros(0, np.int64), np.zeros((0, 5)))
 
     def set_sets(self, sets: Sequence[FeatureSet]) -> None:
         """Change the sets in use between two updates; what both have is untouched.
@@ -72,11 +75,10 @@ class FeatureBank:
         _check_batch(rows, ohlcv, restart)
         out = np.full((len(rows), len(COLUMNS)), np.nan)
         counts = np.empty((len(rows), 2), np.int64)
-        if len(rows):
-            self._store.reserve(int(rows.max()) + 1)
-            records = out.view(COLUMN_RECORD)[:, 0]
-            bars = ohlcv.view(BAR_RECORD)[:, 0]
-            advance(rows, bars, restart, self._extended, self._store.state, self._store.ring, records, counts)
+        self._store.reserve(int(rows.max(initial=-1)) + 1)
+        records = out.view(COLUMN_RECORD)[:, 0]
+        bars = ohlcv.view(BAR_RECORD)[:, 0]
+        advance(rows, bars, restart, self._extended, self._store.state, self._store.ring, records, counts)
         return np.take(out, self._columns, axis=1), counts[:, self._groups] >= self._warmup
 
     def changes(self, rows: NDArray[np.int64]) -> list[tuple[bytes, bytes]]:

@@ -51,6 +51,8 @@ class SequenceWindows:
         self.width = width
         self.capacity = capacity
         self._store = SeriesStore(_STATE_RECORD, np.dtype(("<f8", (width,))), capacity)
+        # Compile, or load from the cache, now rather than at the first bar.
+        self.push(np.zeros(0, np.int64), np.zeros((0, width)), 1)
 
     @property
     def counts(self) -> NDArray[np.int64]:
@@ -80,9 +82,8 @@ class SequenceWindows:
         self._check(rows, vectors, restart, ready, length)
         windows = np.empty((len(rows), length, self.width))
         held = np.zeros(len(rows), np.int64)
-        if len(rows):
-            self._store.reserve(int(rows.max()) + 1)
-            _push(rows, vectors, restart, ready, self._store.state, self._store.ring, windows, held)
+        self._store.reserve(int(rows.max(initial=-1)) + 1)
+        _push(rows, vectors, restart, ready, self._store.state, self._store.ring, windows, held)
         return windows, held
 
     def changes(self, rows: NDArray[np.int64]) -> list[tuple[bytes, bytes]]:
