@@ -7,7 +7,7 @@ nothing else; what it will not read is refused, never read another way.
 from __future__ import annotations
 
 import io
-import pickle
+import pickletools
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,8 +30,10 @@ MAX_ROWS = 256
 
 _NESTED = ("metadata", "config", "model_config", "hyperparameters")
 _NAMES_CODE = re.compile(
-    r"unsupported (global|class|operand|opcode)|torchscript|weights_only.*legacy|forbidden", re.IGNORECASE
+    r"unsupported GLOBAL:?(?: GLOBAL)? \S+|Can only (?:create new object|build) .{0,80}|call reduce for .{0,80}",
+    re.IGNORECASE,
 )
+_CALLS = frozenset({"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"})
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,11 @@ def read(data: bytes) -> Checkpoint:
     try:
         loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise _unreadable(error) from error
+        raise _unreadable(data, error) from error
     if not isinstance(loaded, Mapping):
-        raise Refused(
-            Reason.CORRUPT_ARTIFACT,
-            f"expected a state dict or a dict with model_state_dict, found {type(loaded).__name__}; "
-            "save it again with torch.save(model.state_dict(), path)",
+        raise _corrupt(
+            f"holds a {type(loaded).__name__}, expected a state dict or a dict with model_state_dict; save again with "
+            "torch.save(model.state_dict(), path)"
         )
     inner = loaded.get("model_state_dict")
     checkpoint = Checkpoint(inner, _beside(loaded)) if isinstance(inner, Mapping) else Checkpoint(loaded, {})
@@ -251,16 +252,14 @@ def _refuse_packed(data: bytes) -> None:
         return
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            claimed = sum(entry.file_size for entry in archive.infolist())
+            entries = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise Refused(
-            Reason.CORRUPT_ARTIFACT, f"the checkpoint's archive is damaged ({error}); copy it again"
-        ) from error
+        raise _corrupt(f"has an archive that is damaged ({error}); copy it again") from error
+    claimed = sum(entry.file_size for entry in entries)
     if claimed > len(data):
-        raise Refused(
-            Reason.CORRUPT_ARTIFACT,
-            f"the checkpoint of {len(data)} bytes unpacks to {claimed}; save it again with torch.save, unpacked",
-        )
+        raise _corrupt(f"of {len(data)} bytes unpacks to {claimed}; save it again with torch.save, unpacked")
+    if any(re.search(r"(^|/)(code/|constants\.pkl$)", entry.filename) for entry in entries):
+        raise _unsafe("a compiled module")
 
 
 def _refuse_oversold(state: Mapping[str, Any], size: int) -> None:
@@ -269,20 +268,33 @@ def _refuse_oversold(state: Mapping[str, Any], size: int) -> None:
     storages = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in dense}
     claimed = max(sum(storages.values()), sum(v.numel() * v.element_size() for v in dense) // 2)
     if claimed > size:
-        raise Refused(
-            Reason.CORRUPT_ARTIFACT, f"the checkpoint of {size} bytes claims tensors of {claimed} bytes; save it again"
-        )
+        raise _corrupt(f"of {size} bytes claims tensors of {claimed} bytes; save it again")
 
 
-def _unreadable(error: Exception) -> Refused:
-    text = " ".join(str(error).split())[:300]
-    if isinstance(error, pickle.UnpicklingError | RuntimeError) and _NAMES_CODE.search(text):
-        return Refused(
-            Reason.UNSAFE_ARTIFACT,
-            f"expected tensors and plain values only, found a file that names code: {text}; "
-            "save it again with torch.save(model.state_dict(), path)",
-        )
+def _unreadable(data: bytes, error: Exception) -> Refused:
+    text = " ".join(str(error).split())
+    if named := _NAMES_CODE.search(text):
+        return _unsafe(named[0])
+    if data[:2] in (b"\x80\x04", b"\x80\x05") and _calls(data):
+        return _unsafe("a pickle of objects, not of tensors")
+    return _corrupt(f"cannot be read ({type(error).__name__}: {text[:200]}); copy or save it again")
+
+
+def _calls(data: bytes) -> bool:
+    """Whether a pickle that torch does not read names anything to call; its opcodes are listed, not run."""
+    try:
+        return any(opcode.name in _CALLS for opcode, _, _ in pickletools.genops(data))
+    except (ValueError, UnicodeDecodeError, IndexError):
+        return False
+
+
+def _unsafe(found: str) -> Refused:
     return Refused(
-        Reason.CORRUPT_ARTIFACT,
-        f"torch cannot read the checkpoint ({type(error).__name__}: {text}); copy or save it again",
+        Reason.UNSAFE_ARTIFACT,
+        f"expected tensors and plain values only, found what names code: {found}; save it again with "
+        "torch.save(model.state_dict(), path)",
     )
+
+
+def _corrupt(detail: str) -> Refused:
+    return Refused(Reason.CORRUPT_ARTIFACT, f"the checkpoint {detail}")
