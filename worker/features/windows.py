@@ -16,6 +16,12 @@ _STATE_RECORD = np.dtype([("life", "<i8"), ("count", "<i8"), ("held", "<i8"), ("
 
 
 @compiled
+def _copy(source: NDArray[np.float64], target: NDArray[np.float64]) -> None:
+    for j in range(source.size):  # compiles and runs faster than an array assignment
+        target[j] = source[j]
+
+
+@compiled
 def _push(
     rows: NDArray[np.int64],
     vectors: NDArray[np.float64],
@@ -36,12 +42,12 @@ def _push(
             s.held = 0
         held[i] = 0
         if ready[i]:
-            ring[rows[i], s.count % capacity] = vectors[i]
+            _copy(vectors[i], ring[rows[i], s.count % capacity])
             s.count += 1
             s.held = min(s.held + 1, capacity)
             held[i] = s.held
             for k in range(max(0, length - s.held), length):
-                windows[i, k] = ring[rows[i], (s.count - length + k) % capacity]
+                _copy(ring[rows[i], (s.count - length + k) % capacity], windows[i, k])
 
 
 class SequenceWindows:
