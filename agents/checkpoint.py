@@ -30,7 +30,8 @@ MAX_ROWS = 256
 
 _NESTED = ("metadata", "config", "model_config", "hyperparameters")
 _NAMES_CODE = re.compile(
-    r"unsupported GLOBAL:?(?: GLOBAL)? \S+|Can only (?:create new object|build) .{0,80}|call reduce for .{0,80}",
+    r"unsupported GLOBAL:?(?: GLOBAL)? [a-z_][\w.]*\.[a-z_]\w*"
+    r"|Can only (?:create new object|build) .{0,80}|call reduce for .{0,80}",
     re.IGNORECASE,
 )
 _CALLS = frozenset({"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"})

@@ -9,6 +9,7 @@ import io
 import json
 import os
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def nhits_state(inputs=64 * 49, hidden=(512, 512), blocks=3, outputs=12, joined=
     draw, state, joined = Seeded(seed), {}, joined or outputs
     for n in range(blocks):
         sizes = (inputs, *hidden, joined)
-        for place, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for place, (a, b) in enumerate(pairwise(sizes)):
             draw.linear(state, f"blocks.{n}.{3 * place}", a, b)
     draw.linear(state, "output_layer", joined * blocks, outputs)
     return state

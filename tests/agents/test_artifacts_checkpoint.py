@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import zipfile
@@ -17,6 +18,8 @@ from agents import checkpoint, nhits, patchtst
 from agents.agent import Refused
 from streams.messages import Reason
 from tests.agents import builders
+
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 
 
 def refusal(data: bytes):
@@ -77,7 +80,20 @@ def test_something_else_than_a_dict_is_refused(value):
     assert refusal(builders.saved(value)).reason is Reason.CORRUPT_ARTIFACT
 
 
-@pytest.mark.parametrize("data", [b"", b"PK", b"PK\x03\x04 and nothing more", b"\x80\x02", b"{}", b"\x00" * 1000, pickle.dumps({"a": 1})])
+NO_CHECKPOINTS = [
+    b"",
+    b"PK",
+    b"PK\x03\x04 and nothing more",
+    b"\x80\x02",
+    b"{}",
+    b"\x00" * 1000,
+    pickle.dumps({"a": 1}),
+    b"corrupt",
+    b"cut",
+]
+
+
+@pytest.mark.parametrize("data", NO_CHECKPOINTS, ids=range(len(NO_CHECKPOINTS)))
 def test_bytes_that_are_no_checkpoint_are_refused(data):
     assert refusal(data).reason is Reason.CORRUPT_ARTIFACT
 
@@ -88,22 +104,15 @@ def test_a_checkpoint_cut_anywhere_is_refused(good):
     assert refusal(good[:-1]).reason is Reason.CORRUPT_ARTIFACT
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_a_checkpoint_with_bytes_changed_is_read_or_refused_never_anything_else(good, data):
     changed = bytearray(good)
     for place in data.draw(st.lists(st.integers(0, len(good) - 1), min_size=1, max_size=4)):
         changed[place] ^= data.draw(st.integers(1, 255))
-    try:
-        nhits.build(nhits.parse(bytes(changed), ".pth"), {})
-    except Refused as refused:
-        assert refused.refusal.reason in {
-            Reason.CORRUPT_ARTIFACT,
-            Reason.UNSAFE_ARTIFACT,
-            Reason.UNKNOWN_ARCHITECTURE,
-            Reason.STATE_DICT_MISMATCH,
-        }
+    with contextlib.suppress(Refused):  # whatever else is raised fails
+        built = nhits.build(nhits.parse(bytes(changed), ".pth"), {})
+        assert built.network(np.zeros((2, built.window, built.width), np.float32)).shape == (2, built.outputs)
 
 
 def test_a_packed_archive_that_unpacks_to_more_than_its_size_is_refused():

@@ -26,7 +26,9 @@ def test_three_logits_are_sell_hold_buy_with_the_softmax_of_the_chosen(logits):
     assert (actions.dtype, confidences.dtype) == (np.int8, np.float64)
 
 
-@pytest.mark.parametrize(("logits", "action"), [((2, 1, 0), Action.SELL), ((0, 2, 1), Action.HOLD), ((0, 1, 2), Action.BUY)])
+@pytest.mark.parametrize(
+    ("logits", "action"), [((2, 1, 0), Action.SELL), ((0, 2, 1), Action.HOLD), ((0, 1, 2), Action.BUY)]
+)
 def test_the_order_of_the_logits(logits, action):
     assert ClassHead().decide(np.array([logits], dtype=float))[0].tolist() == [action]
 
