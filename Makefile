@@ -1,7 +1,8 @@
 # Everything from a clean clone with Python 3.11 or newer and make. `make` alone lists the targets.
 
 PYTHON ?= python3
-PYTEST_ARGS ?=
+# One worker a file: fixtures that train models or start servers are made once.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 bin := .venv/bin
 
 .DEFAULT_GOAL := help
@@ -11,7 +12,7 @@ bin := .venv/bin
 help: ## This list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /: /'
 
-demo: .venv/.program ## Train four models, stream bars through them, and open the numbers
+demo: .venv/.program ## The whole ensemble on generated bars, without network or keys
 	@$(bin)/quartet demo
 
 test: .venv/.tests ## The whole test suite
