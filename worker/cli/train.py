@@ -50,6 +50,8 @@ def train(
     for one in trained:
         for warning in one.warnings:
             _note(f"warning: {one.agent}: the running worker would mute such votes: {warning}")
+        if one.validation.r2 <= 0:
+            _note(f"warning: {one.agent}: R2 {one.validation.r2:.3f} on validation: no better than the mean return")
 
 
 @contextmanager
@@ -113,6 +115,7 @@ def _row(one: Trained) -> dict[str, Any]:
         "validation": one.validation.as_json(),
         "test": one.test.as_json(),
         "seconds": round(one.seconds, 3),
+        "cpu_seconds": round(one.cpu_seconds, 3),
         "warnings": one.warnings,
     }
 

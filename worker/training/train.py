@@ -65,6 +65,7 @@ class Trained:
     validation: Figures
     test: Figures
     seconds: float
+    cpu_seconds: float
 
     @property
     def warnings(self) -> list[str]:
@@ -145,7 +146,7 @@ def one_torch_thread() -> Iterator[None]:
 def _train_one(
     agent: str, scaled: Scaled, parts: Parts, folder: Path, stamp: datetime, seed: int, progress: Progress
 ) -> Trained:
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     samples = scaled.samples
 
     def on_step(done: int, total: int) -> None:
@@ -176,9 +177,17 @@ def _train_one(
     }
     stem = free_stem(folder, agent, stamp, samples.feature_set.name)
     loaded = publish(folder, stem, Artifact(agent, model, scalers.to_json(scaled.scaler), metadata))
-    file = folder / loaded.file.name
-    seconds = time.perf_counter() - started
-    return Trained(agent, file, threshold, residual_std, training.actions["HOLD"], validation, test, seconds)
+    return Trained(
+        agent=agent,
+        file=folder / loaded.file.name,
+        threshold=threshold,
+        residual_std=residual_std,
+        training_hold=training.actions["HOLD"],
+        validation=validation,
+        test=test,
+        seconds=time.perf_counter() - started,
+        cpu_seconds=time.process_time() - cpu_started,
+    )
 
 
 def _fit(
