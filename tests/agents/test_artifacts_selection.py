@@ -220,7 +220,7 @@ def test_legacy_trees_over_any_ordered_subset_vote_as_their_library_does(tmp_pat
 @pytest.mark.parametrize("prefix", ["xgboost", "lightgbm"])
 def test_22_unnamed_features_of_a_tree_are_a_feature_mismatch_unless_its_scaler_names_them(tmp_path, prefix):
     names = V3.features[:22]
-    model, scaler, _, x = fitted(prefix, names, classes=False)
+    model, _, _, x = fitted(prefix, names, classes=False)
     unnamed = type(model)(**model.get_params()).fit(x.to_numpy(), x.iloc[:, 0])
     parts = Parts(prefix=prefix, suffix=".pkl", model_bytes=builders.dumped(unnamed), metadata=None)
     parts.scaler = builders.json_scaler(22)
