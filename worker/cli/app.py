@@ -26,6 +26,7 @@ PIPE_CLOSED = 141
 _OURS = frozenset({"worker", "agents", "streams"})
 
 _COMMANDS: tuple[tuple[str, str, str], ...] = (
+    ("demo", "worker.cli.demo:demo", "See it work: a synthetic market, four models, one minute."),
     ("run", "worker.cli.run:run", "Serve: bars in, votes and signals out, until SIGTERM."),
     ("train", "worker.cli.train:train", "Train agents on a file of bars."),
     ("models", "worker.cli.models:app", "Look at the artifacts and steer the agents."),

@@ -1,0 +1,245 @@
+"""The demonstration from start to end: models, server, worker, feed, and what is seen of them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import redis
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from agents.discovery import discover
+from streams import embedded
+from streams.keys import Keys
+from streams.messages import AGENTS
+from worker.demo import show
+from worker.demo.children import Child, child
+from worker.demo.follow import Observer, View, tally, wait_until
+from worker.demo.scene import Scene
+from worker.errors import Unavailable
+
+START_LIMIT_S = 120.0
+"""Imports, compiled kernels and four models, on a machine that has other work."""
+IDLE_S = 120
+"""A worker whose demonstration was killed ends by itself after that long."""
+REFRESH_S = 0.2
+LINE_EVERY_S = 3.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What every part of the demonstration needs: the scene, the keys, and where to speak."""
+
+    scene: Scene
+    keys: Keys
+    console: Console
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def play(stage: Stage, port: int, *, after: Callable[[show.Outcome], None]) -> show.Outcome:
+    """Run the demonstration; `after` is told the outcome, and with `keep` bars go on until Ctrl-C."""
+    scene = stage.scene
+    scene.directory.mkdir(parents=True, exist_ok=True)
+    with _alone(scene.directory):
+        train_missing(stage)
+        with fresh_server(scene.directory) as server, _worker(stage, port) as (worker, url):
+            with redis.Redis.from_url(server.url) as client, _server_may_stop(scene.directory):
+                observer = Observer(client, stage.keys, url, scene.symbols)
+                with _feed(stage, server.url) as feed:
+                    outcome = _follow(stage, observer, (worker, feed))
+                    after(outcome)
+                    if scene.keep:
+                        _keep(stage, observer, (worker, feed))
+            code = worker.stop()
+            if code != 0:
+                worker.check()
+    return outcome
+
+
+# ---------------------------------------------------------------------- models
+
+
+def train_missing(stage: Stage) -> None:
+    """Train each agent that has no artifact yet, and show how far that is."""
+    scene = stage.scene
+    missing = [agent for agent in AGENTS if not discover(scene.models, agent)]
+    if not missing:
+        stage.say(f"Models of an earlier run in {scene.models}.")
+        return
+    stage.say(f"Training {', '.join(missing)} on an earlier stretch of the same market; kept in {scene.models}.")
+    arguments = ["worker.demo.trainer", str(scene.models), str(scene.seed)]
+    with child("training", arguments, scene.directory / "training.log") as trainer, _bars(stage.console) as progress:
+        tasks = {agent: progress.add_task(agent, total=None) for agent in missing}
+        for agent, done, total in _steps(trainer):
+            progress.update(tasks[agent], completed=done, total=total)
+            if done == total and not stage.console.is_terminal:
+                stage.say(f"  {agent} trained")
+        trainer.process.wait()
+        trainer.check(may_end=True)
+
+
+def _bars(console: Console) -> Progress:
+    columns = (TextColumn("  {task.description:<9}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def _steps(trainer: Child) -> Iterator[tuple[str, int, int]]:
+    assert trainer.process.stdout is not None  # noqa: S101  a pipe
+    for text in trainer.process.stdout:
+        agent, done, total = text.split()
+        yield agent, int(done), int(total)
+
+
+# ---------------------------------------------------------------------- server and worker
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """One demonstration a directory: the kernel gives the lock back however this process ends."""
+    with (directory / "demo.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Unavailable(
+                f"another demo runs in {directory}; wait for its end, or give this one a --state-dir of its own"
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def fresh_server(directory: Path) -> Iterator[embedded.EmbeddedServer]:
+    """An empty server of the demonstration's own; the data of the run before is dropped here, not at its end."""
+    if embedded.find(directory) is None:
+        shutil.rmtree(directory / "valkey", ignore_errors=True)
+    with embedded.start(directory) as server:
+        if not server.started:  # left by a demonstration that was killed
+            with redis.Redis.from_url(server.url) as client:
+                client.flushall()
+        yield server
+
+
+@contextlib.contextmanager
+def _server_may_stop(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (redis.ConnectionError, redis.TimeoutError) as error:
+        raise Unavailable(
+            f"the demo's server went away: {error}; see {directory / 'valkey' / 'valkey.log'}, then start it again"
+        ) from None
+
+
+@contextlib.contextmanager
+def _worker(stage: Stage, port: int) -> Iterator[tuple[Child, str]]:
+    """A `quartet run` on the demonstration's server, loaded and waiting for bars, and its URL."""
+    scene = stage.scene
+    settings = scene.directory / "worker.toml"
+    settings.write_text("# The demo's worker runs on the defaults, whatever ./quartet.toml says.\n")
+    arguments = ["worker", "run", "--redis", "embedded", "--namespace", stage.keys.namespace]
+    arguments += ["--state-dir", str(scene.directory), "--models", str(scene.models), "--config", str(settings)]
+    arguments += ["--http-port", str(_free_or_any(stage, port)), "--until-idle", str(IDLE_S)]
+    with child("worker", arguments, scene.directory / "worker.log") as worker:
+        with stage.console.status("Starting the worker: imports, models, probes"):
+            wait_until(lambda: _logged(worker, "ensemble") is not None, START_LIMIT_S, "the worker was not ready")
+        line = _logged(worker, "metrics and health") or {}
+        stage.say(f"Worker: process {worker.process.pid}, {line['url']}/metrics; its log is {worker.log}.")
+        yield worker, line["url"]
+
+
+def _free_or_any(stage: Stage, port: int) -> int:
+    """`port`, or 0 where somebody holds it."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            stage.say(f"Port {port} cannot be used ({error.strerror}): the metrics get a free one.")
+            return 0
+    return port
+
+
+def _logged(worker: Child, event: str) -> dict[str, str] | None:
+    """The newest line of the worker's log whose event begins so."""
+    worker.check()
+    for text in reversed(worker.log.read_text().splitlines()):
+        with contextlib.suppress(ValueError):
+            line: dict[str, str] = json.loads(text)
+            if line.get("event", "").startswith(event):
+                return line
+    return None
+
+
+def _feed(stage: Stage, url: str) -> contextlib.AbstractContextManager[Child]:
+    scene = stage.scene
+    arguments = ["worker.demo.publisher", url, stage.keys.bars, "--symbols", str(scene.symbols)]
+    arguments += ["--bars", str(scene.bars), "--seed", str(scene.seed), *(["--keep"] if scene.keep else [])]
+    return child("feed", arguments, scene.directory / "feed.log")
+
+
+# ---------------------------------------------------------------------- following
+
+
+def _follow(stage: Stage, observer: Observer, children: tuple[Child, Child]) -> show.Outcome:
+    """Watch until every bar that was published at once has been answered, then count."""
+    scene, total, seconds = stage.scene, stage.scene.bars_in, 0.0
+    with _screen(stage) as screen:
+        while True:
+            _alive(children, keep=scene.keep)
+            view = observer.look()
+            if view.lengths["bars"]:
+                seconds = time.time() - observer.first_bar_ms() / 1000
+            screen(view, total, seconds)
+            if view.consumed >= total:
+                break
+            time.sleep(REFRESH_S)
+    metrics = scene.directory / "metrics.txt"
+    counted = tally(observer.client, stage.keys)
+    view = observer.look()
+    metrics.write_text(view.scrape)
+    return show.Outcome(view, counted, seconds, observer.url, metrics, scene.models, scene.keep)
+
+
+def _keep(stage: Stage, observer: Observer, children: tuple[Child, Child]) -> None:
+    """Go on until Ctrl-C."""
+    started = time.monotonic()
+    with _screen(stage, every_s=60.0) as screen:
+        while True:
+            _alive(children, keep=True)
+            view = observer.look()
+            screen(view, view.lengths["bars"], time.monotonic() - started)
+            (stage.scene.directory / "metrics.txt").write_text(view.scrape)
+            time.sleep(1.0)
+
+
+def _alive(children: tuple[Child, Child], *, keep: bool) -> None:
+    worker, feed = children
+    worker.check()
+    feed.check(may_end=not keep)
+
+
+@contextlib.contextmanager
+def _screen(stage: Stage, every_s: float = LINE_EVERY_S) -> Iterator[Callable[[View, int, float], None]]:
+    """A table that renews itself on a terminal, a line every few seconds elsewhere."""
+    if stage.console.is_terminal:
+        with Live(console=stage.console, auto_refresh=False, transient=True) as screen:
+            yield lambda view, total, seconds: screen.update(show.live(view, total, seconds), refresh=True)
+        return
+    spoken = time.monotonic()
+
+    def speak(view: View, total: int, seconds: float) -> None:
+        nonlocal spoken
+        if time.monotonic() - spoken >= every_s:
+            spoken = time.monotonic()
+            stage.say(show.line(view, total, seconds))
+
+    yield speak

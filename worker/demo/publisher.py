@@ -1,0 +1,86 @@
+"""The feed of the demonstration, a process of its own: bars of a synthetic market onto a stream.
+
+    python -m worker.demo.publisher URL KEY --symbols 20 --bars 600 --seed 0 [--keep]
+
+It writes what any feed would, flat fields with XADD. Only numpy and the Redis client are imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import redis
+
+from streams.messages import Bar
+from worker.demo.scene import rounds
+from worker.training.market import MINUTE_MS
+
+ROUNDS_AT_ONCE = 25
+KEEP_BEHIND_BARS = 240
+"""With `--keep` the first bars end that long before now: four minutes at a round a second until it has caught up."""
+
+
+def fields_of(bar: Bar) -> dict[str, str]:
+    """The bar as the flat fields of a stream entry."""
+    numbers = zip(("open", "high", "low", "close", "volume"), bar.ohlcv, strict=True)
+    return {"symbol": bar.symbol, "ts": str(bar.ts), "interval": bar.interval, **{k: repr(v) for k, v in numbers}}
+
+
+def last_closed_ts(now_ms: int) -> int:
+    """The open time of the newest one-minute bar that is closed."""
+    return now_ms // MINUTE_MS * MINUTE_MS - MINUTE_MS
+
+
+def publish(client: redis.Redis, key: str, minutes: Iterable[list[Bar]]) -> None:
+    """All bars of `minutes` as fast as the server takes them."""
+    source = iter(minutes)
+    while some := list(islice(source, ROUNDS_AT_ONCE)):
+        pipe = client.pipeline(transaction=False)
+        for bar in (bar for minute in some for bar in minute):
+            pipe.xadd(key, fields_of(bar))
+        pipe.execute()
+
+
+def go_on(client: redis.Redis, key: str, minutes: Iterator[list[Bar]]) -> None:
+    """A round a second, but none before its bars are closed; until the market or the parent ends."""
+    parent = os.getppid()
+    for minute in minutes:
+        time.sleep(1)
+        while time.time_ns() // 1_000_000 < minute[0].ts + MINUTE_MS:
+            time.sleep(0.2)
+            if os.getppid() != parent:
+                return
+        if os.getppid() != parent:
+            return
+        publish(client, key, [minute])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("url")
+    parser.add_argument("key")
+    for name in ("--symbols", "--bars", "--seed"):
+        parser.add_argument(name, type=int, required=True)
+    parser.add_argument("--keep", action="store_true")
+    given = parser.parse_args(arguments)
+    last_ts = last_closed_ts(time.time_ns() // 1_000_000) - (KEEP_BEHIND_BARS * MINUTE_MS if given.keep else 0)
+    minutes = rounds(given.seed, given.symbols, given.bars, last_ts)
+    with redis.Redis.from_url(given.url) as client:
+        publish(client, given.key, islice(minutes, given.bars))
+        print("published", flush=True)
+        if given.keep:
+            go_on(client, given.key, minutes)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        main()
+    except redis.RedisError as error:
+        sys.exit(f"the bars cannot be published: {error}")
