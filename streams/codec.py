@@ -19,11 +19,13 @@ _OPTIONS = orjson.OPT_SERIALIZE_NUMPY
 class StateCorruptError(Exception):
     """A stored state blob whose checksum or version is not what was written."""
 
-    def __init__(self, field: str, problem: str) -> None:
+    def __init__(self, field: str | bytes, problem: str) -> None:
+        name = field.decode("ascii", "backslashreplace") if isinstance(field, bytes) else field
         super().__init__(
-            f"state field {field}: {problem}. The stored state cannot be trusted: stop, and rebuild it from the input "
-            "with `quartet run --rebuild`"
+            f"state field {name!r}: {problem}; the stored state cannot be trusted: stop every worker and rebuild it "
+            "from the input with `quartet run --rebuild`"
         )
+        self.field = field
 
 
 def to_json(value: Any) -> bytes:

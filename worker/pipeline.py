@@ -15,18 +15,19 @@ import numpy as np
 
 from streams.codec import seal, unseal
 from streams.contracts import FEATURE_SETS, V3, FeatureSet
-from streams.messages import Action, Bar, Entry, Event, Reject
+from streams.messages import Action, AgentState, Bar, Entry, Event, Reject
 from streams.validation import Limits
 from worker import consensus
 from worker.batches import STATES, Ballot, Signals, Vectors
 from worker.features.bank import FeatureBank
 from worker.intake import Accepted, Intake, Reader, read_native
+from worker.qsc import QualityLimits, Safeguard
 from worker.voting import Seat, Stopwatch, VotingStage
 
 State = Mapping[str, Mapping[bytes, bytes]]
 """Stored state: part of the pipeline, of `PARTS`, to its fields."""
 
-PARTS = ("series", "features", "agents", *(f"windows:{name}" for name in FEATURE_SETS))
+PARTS = ("series", "features", "agents", "quality", *(f"windows:{name}" for name in FEATURE_SETS))
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,16 @@ class Result:
         return [self.accepted.bars[i] for i in self.vectors.index]
 
 
+@dataclass(frozen=True, slots=True)
+class AgentReport:
+    """One agent as it stands: its state, the reason (None where all is well), its model or refusal."""
+
+    agent: str
+    state: AgentState
+    reason: str | None
+    seat: Seat
+
+
 class Pipeline:
     """All stages chained. `process` changes the state in memory; `Result.state` is what to commit."""
 
@@ -65,6 +76,7 @@ class Pipeline:
         limits: Limits | None = None,
         warmup_bars: Mapping[str, int] | None = None,
         window_capacity: int = 64,
+        quality: Mapping[str, QualityLimits] | None = None,
         reader: Reader = read_native,
         several_keys: bool = False,
     ) -> None:
@@ -72,6 +84,7 @@ class Pipeline:
         self.intake = Intake(limits or Limits(), reader=reader, several_keys=several_keys)
         self.voting = VotingStage(seats, capacity=window_capacity)
         self.features = FeatureBank(self._sets_in_use(), warmup_bars)
+        self.safeguard = Safeguard(quality)
 
     def process(
         self,
@@ -88,11 +101,13 @@ class Pipeline:
             vectors = self._compute(accepted)
         with stopwatch("agents"):
             ballots = self.voting.vote(vectors, stopwatch)
+        with stopwatch("safeguard"):
+            ballots, verdicts = self.safeguard.watch(vectors, ballots)
         with stopwatch("consensus"):
             signals = self._decide(vectors, ballots)
         with stopwatch("pack"):
             state = self._changes(accepted)
-        return Result(accepted, vectors, ballots, signals, state, accepted.events)
+        return Result(accepted, vectors, ballots, signals, state, [*accepted.events, *verdicts])
 
     def _compute(self, accepted: Accepted) -> Vectors:
         values, ready = self.features.update(accepted.rows, accepted.ohlcv, accepted.restart)
@@ -122,8 +137,17 @@ class Pipeline:
             "series": self.intake.changes(),
             "features": self.features.changes(accepted.rows),
             **{f"windows:{name}": fields for name, fields in windows.items()},
+            "quality": self.safeguard.changes(),
             "agents": self.agent_changes(),
         }
+
+    def reports(self) -> list[AgentReport]:
+        """What every agent is between two batches, and why."""
+        reports = []
+        for stage in self.voting.stages:
+            state, why = self.safeguard.status(stage.seat.agent, stage.state)
+            reports.append(AgentReport(stage.seat.agent, state, why or stage.reason, stage.seat))
+        return reports
 
     def agent_changes(self) -> list[tuple[bytes, bytes]]:
         """Each agent's artifact in use and whether it has been active, so that a restart knows."""
@@ -135,6 +159,7 @@ class Pipeline:
         self.features.restore(state.get("features", {}))
         for name in FEATURE_SETS:
             self.voting.restore(name, state.get(f"windows:{name}", {}))
+        self.safeguard.restore(state.get("quality", {}))
         in_use = agents_in_use(state)
         for stage in self.voting.stages:
             stage.active = in_use.get(stage.seat.agent, (None, False))[1]

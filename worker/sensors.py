@@ -12,8 +12,10 @@ import numpy as np
 from streams.messages import Action, AgentState, Reason, Status
 from streams.store import Position, StreamFacts
 from worker.batches import Ballot, Signals
-from worker.metrics import Metrics
+from worker.metrics import CRITERIA, Metrics
 from worker.pipeline import Pipeline, Result
+
+CRITERIA_NAMES = frozenset(CRITERIA)
 
 LONGEST_LATENCY_MS = 86_400_000
 """An entry that is older than a day was not live: its age is no latency."""
@@ -83,11 +85,28 @@ class Sensors:
 
     def agents(self, pipeline: Pipeline) -> None:
         """The state of every agent, and the artifact of those that have one."""
-        for stage in pipeline.voting.stages:
-            self.metrics.agent_state(stage.seat.agent, stage.state)
-            model = stage.seat.model
-            if model is not None and stage.state is not AgentState.REFUSED:
-                self.metrics.agent_info(stage.seat.agent, model.version, model.contract, model.sha256)
+        for report in pipeline.reports():
+            self.metrics.agent_state(report.agent, report.state)
+            model = report.seat.model
+            if model is not None:
+                self.metrics.agent_info(report.agent, model.version, model.contract, model.sha256)
+
+    def quality(self, pipeline: Pipeline) -> None:
+        """The shape of every loaded agent's recent votes, and what is held against them."""
+        for report in pipeline.reports():
+            if report.seat.model is None:
+                continue
+            quality = pipeline.safeguard.quality(report.agent)
+            muted_for = {report.reason} if report.state is AgentState.MUTED else set()
+            self.metrics.degenerate(report.agent, CRITERIA_NAMES & ({str(v) for v in quality.violations} | muted_for))
+            if quality.votes:
+                self.metrics.quality(
+                    report.agent,
+                    top_action=quality.top_action_ratio,
+                    hold=quality.hold_ratio,
+                    stddev=quality.confidence_stddev,
+                    p10_p90=quality.confidence_p10_p90_range,
+                )
 
     def inputs(self, position: Position, facts: Mapping[str, StreamFacts]) -> None:
         """Lag and length of the inputs."""

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from structlog.typing import FilteringBoundLogger
 
 from agents.artifacts import Loading
+from streams.codec import StateCorruptError
 from streams.keys import Keys
 from streams.messages import AgentState, Entry, Event
 from streams.redis import with_baseline
@@ -21,13 +22,16 @@ from streams.store import (
     InputLostError,
     Position,
     RewoundError,
+    Snapshot,
     Store,
     StoreUnavailableError,
 )
 from worker.engine import commit_of, encoded_events
+from worker.features import packing
 from worker.http import Condition
 from worker.lease import LeaseKeeper
 from worker.pipeline import PARTS, Pipeline, State, agents_in_use
+from worker.rebuild import Rebuilt, rebuild
 from worker.sensors import Sensors
 from worker.settings import Settings
 from worker.status import Status
@@ -57,6 +61,7 @@ class Options:
 
     until_idle_s: float | None = None
     accept_gap: bool = False
+    rebuild: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
     now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
 
@@ -100,7 +105,7 @@ class Worker:
             return
         lease.start()
         try:
-            self._recover()
+            self._start()
             while not self._done():
                 self.status.beat()
                 if lease.lost.is_set():
@@ -119,7 +124,7 @@ class Worker:
             else:
                 self._idle()
         except RewoundError as error:
-            self._resume_after_rewind(error)
+            self._start(error)
 
     def _done(self) -> bool:
         if self.options.stop.is_set():
@@ -148,27 +153,65 @@ class Worker:
         self.status.owner = Condition(ok=True)
         return True
 
-    def _recover(self) -> None:
+    def _start(self, rewound: RewoundError | None = None) -> None:
+        """Recover, again where the server went back in time meanwhile."""
+        while True:
+            if rewound is not None:
+                self.log.error("the server went back in time; resuming from what it holds", detail=str(rewound))
+                if not self._own():
+                    return
+            try:
+                self._recover(rewound)
+            except RewoundError as error:
+                rewound = error
+            else:
+                return
+
+    def _recover(self, rewound: RewoundError | None) -> None:
         """Take up what was committed, in one atomic read, and say what this instance starts with."""
+        self.pipeline.voting.close()
         self.pipeline = self._make_pipeline()
-        snapshot = self._reaching(lambda: self.store.load(PARTS))
+        snapshot: Snapshot = self._reaching(lambda: self.store.load(PARTS))
         self.position = snapshot.position
-        self.pipeline.restore(snapshot.state)
+        rebuilt = self._restore(snapshot)
         self.pipeline.intake.ids.last = snapshot.position.last_output_id
         self._cautious = 0 if self.store.was_clean else self.settings.batch_size
         events = [self._agent_event(loading, snapshot.state) for loading in self._loadings]
         if self.position.inputs:
-            events.append(self._recovery_event(self.position))
+            events.append(self._recovery_event(self.position, rewound, rebuilt))
             self.sensors.metrics.recoveries()
         self._commit(
             Commit(
                 self.position,
                 appends={self.keys.events: encoded_events(events)},
-                state={"agents": self.pipeline.agent_changes()},
-                drops=self.pipeline.unused(snapshot.state),
+                state=rebuilt.state if rebuilt else {"agents": self.pipeline.agent_changes()},
+                drops=PARTS if rebuilt else self.pipeline.unused(snapshot.state),
             )
         )
+        self.status.feed(healthy=self.pipeline.intake.health.healthy)
         self._tell_agents()
+
+    def _restore(self, snapshot: Snapshot) -> Rebuilt | None:
+        """Restore the pipeline from the stored state, or where that was asked for from the retained input."""
+        if not self.options.rebuild:
+            try:
+                self.pipeline.restore(snapshot.state)
+            except packing.StateCorruptError as error:
+                raise StateCorruptError(error.field.decode("ascii", "backslashreplace"), str(error)) from error
+            return None
+        self.options.rebuild = False
+        rebuilt = rebuild(
+            self.pipeline, self.store, self.position, self.options.now_ms(), self.keys.rejected, self._reaching
+        )
+        self.log.info("state rebuilt from the input", bars=rebuilt.bars)
+        for key, missing in rebuilt.missing.items():
+            if missing:
+                self.log.warning(
+                    "the input was trimmed: indicators start at its first entry and differ from before",
+                    key=key,
+                    missing=missing,
+                )
+        return rebuilt
 
     def _agent_event(self, loading: Loading, state: State) -> Event:
         """What an agent starts with, and what served before where that was another artifact."""
@@ -187,17 +230,18 @@ class Worker:
             evidence=evidence | ({"replaces": before} if changed else {}),
         )
 
-    def _recovery_event(self, position: Position) -> Event:
-        inputs = {key: at.id for key, at in position.inputs.items()}
-        how = "after a clean end" if self.store.was_clean else "after an end that was not clean"
-        self.log.info("recovered", reason=how, position=inputs, series=len(self.pipeline.intake.series))
-        return Event("recovery", reason="clean" if self.store.was_clean else "crash", detail=how, evidence=inputs)
-
-    def _resume_after_rewind(self, error: RewoundError) -> None:
-        """The server lost its latest writes: go on from what it has, under the same IDs."""
-        self.log.error("the server went back in time; resuming from what it holds", detail=str(error))
-        if self._own():
-            self._recover()
+    def _recovery_event(self, position: Position, rewound: RewoundError | None, rebuilt: Rebuilt | None) -> Event:
+        inputs: dict[str, Any] = {key: at.id for key, at in position.inputs.items()}
+        if rebuilt is not None:
+            reason, how = "rebuild", f"state computed anew from {rebuilt.bars} retained bars"
+            inputs |= {"bars": rebuilt.bars, "missing": rebuilt.missing}
+        elif rewound is not None:
+            reason, how = "rewind", str(rewound)
+        else:
+            reason = "clean" if self.store.was_clean else "crash"
+            how = "after a clean end" if self.store.was_clean else "after an end that was not clean"
+        self.log.info("recovered", reason=reason, detail=how, position=inputs, series=len(self.pipeline.intake.series))
+        return Event("recovery", reason=reason, detail=how, evidence=inputs)
 
     # ------------------------------------------------------------------ a batch
 
@@ -300,18 +344,15 @@ class Worker:
 
     def _tell_agents(self) -> None:
         """Log and publish each agent's change of state, once."""
-        states = {stage.seat.agent: stage.state for stage in self.pipeline.voting.stages}
+        reports = self.pipeline.reports()
+        states = {report.agent: report.state for report in reports}
         if states == self._states:
             return
-        for stage in self.pipeline.voting.stages:
-            if self._states.get(stage.seat.agent) is not stage.state:
-                line = f"agent is {stage.state}"
-                self.log.info(
-                    line,
-                    agent=stage.seat.agent,
-                    reason=stage.reason,
-                    version=stage.seat.model.version if stage.seat.model else None,
-                )
+        for report in reports:
+            if self._states.get(report.agent) is not report.state:
+                line = f"agent is {report.state}"
+                version = report.seat.model.version if report.seat.model else None
+                self.log.info(line, agent=report.agent, reason=report.reason, version=version)
         self._states = states
         self.sensors.agents(self.pipeline)
         self.status.agents(self.pipeline)

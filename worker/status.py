@@ -30,9 +30,13 @@ class Status:
         """The loop turns."""
         self.heartbeat = self._clock()
 
+    def feed(self, *, healthy: bool) -> None:
+        """Whether the share of rejects is within its limit."""
+        self._feed_healthy = healthy
+
     def batch(self, result: Result, *, healthy: bool) -> None:
         """What a committed batch says about freshness and quorum."""
-        self._feed_healthy = healthy
+        self.feed(healthy=healthy)
         if result.accepted.bars:
             self._last_arrival = self._clock(), result.accepted.bars[-1].interval
         if len(result.vectors.index):
@@ -41,13 +45,13 @@ class Status:
     def agents(self, pipeline: Pipeline) -> None:
         """The state of every agent, with what a person needs to mend it."""
         self._agents = {
-            stage.seat.agent: {
-                "state": str(stage.state),
-                "reason": stage.reason or "",
-                "version": stage.seat.model.version if stage.seat.model else "",
-                "detail": stage.seat.refusal.detail if stage.seat.refusal else "",
+            report.agent: {
+                "state": str(report.state),
+                "reason": report.reason or "",
+                "version": report.seat.model.version if report.seat.model else "",
+                "detail": report.seat.refusal.detail if report.seat.refusal else "",
             }
-            for stage in pipeline.voting.stages
+            for report in pipeline.reports()
         }
 
     def readiness(self) -> Readiness:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.features.packing import StateCorruptError
+from streams.codec import StateCorruptError
 from worker.features.windows import SequenceWindows
 
 WIDTH = 3

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streams.codec import StateCorruptError
 from streams.contracts import DEFINITIONS, V3, FeatureSet, union
 from worker.features.kernel import (
     BAR_RECORD,
@@ -22,7 +23,7 @@ from worker.features.kernel import (
     STATE_RECORD,
     advance,
 )
-from worker.features.packing import SeriesStore, StateCorruptError
+from worker.features.packing import SeriesStore
 
 __all__ = ["FeatureBank", "StateCorruptError"]
 

@@ -15,20 +15,11 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
+from streams.codec import StateCorruptError
+
 VERSION = 1
 _HEADER = [("crc", "<u4"), ("version", "<u4"), ("row", "<i8")]
 _CRC_BYTES = 4
-
-
-class StateCorruptError(Exception):
-    """A stored blob is not what was written, so nothing computed from it could be trusted."""
-
-    def __init__(self, field: bytes, found: str) -> None:
-        super().__init__(
-            f"state field {field.decode('ascii', 'backslashreplace')!r}: {found}; "
-            "the stored state cannot be used: rebuild it from the input (`rebuild`)"
-        )
-        self.field = field
 
 
 class SeriesStore:
