@@ -218,10 +218,11 @@ class _Reader:
         target = self.top()
         if type(target) is not dict or len(items) % 2:
             raise ValueError(f"items for {describe(target)}, which is not a mapping")
+        # Before they are put in: keys that collide cost the square of their number.
+        if len(target) + len(items) // 2 > MAX_ENTRIES:
+            raise ValueError(f"a mapping of more than {MAX_ENTRIES} entries")
         for key, value in zip(items[::2], items[1::2], strict=True):
             target[_key(key)] = _finished(value)
-        if len(target) > MAX_ENTRIES:
-            raise ValueError(f"a mapping of more than {MAX_ENTRIES} entries")
 
     def reduce(self, _: Any) -> None:
         arguments, function = self.pop(), self.pop()
@@ -282,7 +283,10 @@ def _tuple(n: int) -> Callable[[_Reader, Any], None]:
 
 
 def _memoize(reader: _Reader, key: int | None) -> None:
-    reader.memo[len(reader.memo) if key is None else key] = reader.top()
+    place = len(reader.memo) if key is None else key
+    if not 0 <= place < MAX_OPCODES:
+        raise ValueError("a place in the memo that no pickler gives")
+    reader.memo[place] = reader.top()
 
 
 def _nothing(_reader: _Reader, _argument: Any) -> None:
