@@ -71,7 +71,10 @@ def load_agent(models: Path, agent: str, options: LoadOptions, in_use: str | Non
 
 
 def inspect(models: Path, options: LoadOptions) -> list[dict[str, Any]]:
-    """The rows of `quartet models list --json`: every artifact found, loaded and probed, best first."""
+    """The rows of `quartet models list --json`: every artifact found, loaded and probed, best first.
+
+    As for all loading, the process has set one torch thread; with more it is many times slower.
+    """
     rows: list[dict[str, Any]] = []
     for agent in AGENTS:
         found = discover(models, agent)

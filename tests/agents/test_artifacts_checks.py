@@ -245,6 +245,12 @@ def test_metadata_that_are_no_json_object_are_refused(tmp_path, content):
     assert caught.value.refusal.reason is Reason.CORRUPT_ARTIFACT
 
 
+def test_metadata_that_cannot_be_read_come_before_the_architecture(tmp_path):
+    parts = Parts(metadata={"window": 4, "threshold": "high"})
+    foreign_key(parts)
+    assert refusal(parts, tmp_path).reason is Reason.CORRUPT_ARTIFACT
+
+
 @pytest.mark.parametrize("ending", ["_meta.json", "_metadata.json"])
 def test_both_names_of_the_metadata_are_read(tmp_path, ending):
     assert load(Parts(metadata_ending=ending).write(tmp_path), PLAIN).contract == V2.contract

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from agents import artifacts
 from agents.artifacts import LoadOptions, discover, inspect, load, load_agent
 from streams.contracts import V2, V3
 from streams.messages import AGENTS, Reason
@@ -98,6 +99,20 @@ def test_a_link_to_the_artifact_in_use_does_not_serve(tmp_path):
     (tmp_path / real.file.name).symlink_to(real.file)
     bad("v20260102_000000").write(tmp_path)
     assert load_agent(tmp_path, "nhits", PLAIN, sha256(real)).model is None
+
+
+def test_a_file_swapped_after_its_hash_was_compared_does_not_serve_as_the_one_in_use(tmp_path, monkeypatch):
+    used = good("v20260101_000000").write(tmp_path)
+    bad("v20260102_000000").write(tmp_path)
+    expected, real = sha256(used), artifacts._sha256
+
+    def swap(candidate, options):
+        found = real(candidate, options)
+        good("v20260101_000000", seed=5).write(tmp_path)
+        return found
+
+    monkeypatch.setattr(artifacts, "_sha256", swap)
+    assert load_agent(tmp_path, "nhits", PLAIN, expected).model is None
 
 
 def test_a_newer_artifact_that_passes_serves_whatever_was_in_use(tmp_path):
@@ -227,7 +242,10 @@ def test_22_unnamed_features_of_a_tree_are_a_feature_mismatch_unless_its_scaler_
     parts.write(tmp_path)
     loading = load_agent(tmp_path, prefix, PLAIN)
     assert loading.refusal.reason is Reason.FEATURE_MISMATCH
-    parts.scaler = builders.json_scaler(22, names)
+    parts.metadata = {"features": list(names[:21])}
+    parts.write(tmp_path)
+    assert load_agent(tmp_path, prefix, PLAIN).refusal.reason is Reason.FEATURE_MISMATCH
+    parts.metadata, parts.scaler = {}, builders.json_scaler(22, names)
     parts.write(tmp_path)
     assert load_agent(tmp_path, prefix, PLAIN).model.features == tuple(names)
 
