@@ -50,8 +50,8 @@ def has_future(runs: Runs, horizon: int) -> NDArray[np.bool_]:
     """`[N]`: whether the next `horizon` bars follow in the same run."""
     n = len(runs.position)
     ahead = np.minimum(np.arange(n) + horizon, n - 1)
-    same = (runs.position[ahead] == runs.position + horizon) & (runs.series[ahead] == runs.series)
-    return np.asarray(same, np.bool_)
+    # Another series begins at 0, so that its position is too small.
+    return np.asarray(runs.position[ahead] == runs.position + horizon, np.bool_)
 
 
 def _first_of_series(bars: Bars) -> NDArray[np.bool_]:
