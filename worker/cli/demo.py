@@ -66,7 +66,8 @@ def demo(
     def tell(outcome: Outcome) -> None:
         _tell(stage, outcome, as_json=as_json, svg=svg)
 
-    stage.say(f"quartet demo: {symbols} symbols, {bars} one-minute bars each, four models. A {NOTE}.")
+    stage.say(f"quartet demo: {symbols} symbols x {bars} one-minute bars, four models.")
+    stage.say(NOTE[:1].upper() + NOTE[1:] + ".")
     outcome = play(stage, settings.http_port, after=tell)
     if outcome.differences:
         raise CheckFailed("streams and metrics differ: " + "; ".join(outcome.differences))
@@ -85,7 +86,7 @@ def _tell(stage: Stage, outcome: Outcome, *, as_json: bool, svg: Path | None) ->
         stage.console.print(show.summary(outcome), highlight=False)
         stage.console.print()
         for line in show.next_steps(outcome):
-            stage.say(line)
+            stage.say(line, wrap=False)
     if svg is not None:
         show.picture(outcome, svg)
         stage.say(f"Picture: {svg}")

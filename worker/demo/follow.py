@@ -15,7 +15,7 @@ import redis
 from prometheus_client.parser import text_string_to_metric_families
 
 from streams.keys import Keys
-from streams.messages import AGENTS, Action, Status
+from streams.messages import AGENTS, Action, Reason, Status
 from worker.errors import Unavailable
 
 HTTP_TIMEOUT_S = 10.0
@@ -25,7 +25,7 @@ COUNTS = ("configured", "loaded", "voting")
 
 @dataclass(frozen=True)
 class AgentView:
-    """One agent: what it is now, and its votes so far by action."""
+    """One agent: what it is now, its votes so far by action, and its abstentions by reason."""
 
     agent: str
     state: str
@@ -33,6 +33,7 @@ class AgentView:
     detail: str = ""
     version: str = ""
     votes: Mapping[str, int] = field(default_factory=dict)
+    abstentions: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,18 @@ class Observer:
 
 
 def _agent(name: str, facts: Mapping[str, str], samples: Mapping[str, Any]) -> AgentView:
-    votes = {x["action"]: int(n) for x, n in samples.get("quartet_agent_votes_total", ()) if x["agent"] == name}
+    def counted(metric: str, label: str) -> dict[str, int]:
+        found = samples.get(f"quartet_agent_{metric}_total", ())
+        return {labels[label]: int(n) for labels, n in found if labels["agent"] == name}
+
     return AgentView(
-        name, facts["state"], facts.get("reason", ""), facts.get("detail", ""), facts.get("version", ""), votes
+        name,
+        facts["state"],
+        facts.get("reason", ""),
+        facts.get("detail", ""),
+        facts.get("version", ""),
+        counted("votes", "action"),
+        {reason: n for reason, n in counted("abstentions", "reason").items() if n},
     )
 
 
@@ -167,6 +177,7 @@ class Tally:
     rejected: int
     signals: Mapping[tuple[str, str], int]
     votes: Mapping[str, Mapping[str, int]]
+    abstentions: Mapping[str, Mapping[str, int]]
 
     def differences(self, view: View) -> list[str]:
         """Where the worker's metrics say something else than the streams hold; none if they agree."""
@@ -180,6 +191,11 @@ class Tally:
                 for x in view.agents
                 for a in Action
             ),
+            *(
+                (f"abstentions of {x.agent} {r}", self.abstentions[x.agent].get(r, 0), x.abstentions.get(r, 0))
+                for x in view.agents
+                for r in Reason
+            ),
         ]
         return [f"{what}: {held} on the streams, {said} in the metrics" for what, held, said in pairs if held != said]
 
@@ -190,12 +206,19 @@ def _kinds() -> list[tuple[str, str]]:
 
 def tally(client: redis.Redis, keys: Keys) -> Tally:
     """Count every entry of every stream."""
+    votes: dict[str, Counter[str]] = {}
+    abstentions: dict[str, Counter[str]] = {}
+    for agent in AGENTS:
+        cast = [(vote["action"], vote["reason"]) for vote in entries(client, keys.votes(agent))]
+        votes[agent] = Counter(action for action, _ in cast)
+        abstentions[agent] = Counter(reason for action, reason in cast if action == Action.ABSTAIN.name)
     return Tally(
         bars=int(client.xlen(keys.bars)),
         features=sum(1 for _ in entries(client, keys.features)),
         rejected=int(client.xlen(keys.rejected)),
         signals=Counter((s["action"], s["status"]) for s in entries(client, keys.signals)),
-        votes={agent: Counter(v["action"] for v in entries(client, keys.votes(agent))) for agent in AGENTS},
+        votes=votes,
+        abstentions=abstentions,
     )
 
 

@@ -10,12 +10,14 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import redis
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from agents.discovery import discover
 from streams import embedded
@@ -43,8 +45,10 @@ class Stage:
     keys: Keys
     console: Console
 
-    def say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+    def say(self, text: str, *, wrap: bool = True) -> None:
+        """One line, wrapped at words on a terminal unless `wrap` is false, never in a pipe."""
+        whole = not (wrap and self.console.is_terminal)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=whole)
 
 
 def play(stage: Stage, port: int, *, after: Callable[[show.Outcome], None]) -> show.Outcome:
@@ -75,30 +79,36 @@ def train_missing(stage: Stage) -> None:
     scene = stage.scene
     missing = [agent for agent in AGENTS if not discover(scene.models, agent)]
     if not missing:
-        stage.say(f"Models of an earlier run in {scene.models}.")
+        stage.say(f"Models: those of an earlier run, in {scene.models}.")
         return
-    stage.say(f"Training {', '.join(missing)} on an earlier stretch of the same market; kept in {scene.models}.")
+    stage.say(f"Training {', '.join(missing)} on an earlier stretch of that market, once; kept in {scene.models}.")
     arguments = ["worker.demo.trainer", str(scene.models), str(scene.seed)]
     with child("training", arguments, scene.directory / "training.log") as trainer, _bars(stage.console) as progress:
-        tasks = {agent: progress.add_task(agent, total=None) for agent in missing}
-        for agent, done, total in _steps(trainer):
-            progress.update(tasks[agent], completed=done, total=total)
-            if done == total and not stage.console.is_terminal:
+        tasks = {agent: progress.add_task(agent, total=None, start=False) for agent in missing}
+        for agent, steps in groupby(_steps(trainer), key=itemgetter(0)):
+            progress.start_task(tasks[agent])
+            for _, done, total in steps:
+                progress.update(tasks[agent], completed=done, total=total)
+            # Fewer steps than planned may do.
+            progress.update(tasks[agent], completed=total)
+            progress.stop_task(tasks[agent])
+            if not stage.console.is_terminal:
                 stage.say(f"  {agent} trained")
-        trainer.process.wait()
-        trainer.check(may_end=True)
 
 
 def _bars(console: Console) -> Progress:
-    columns = (TextColumn("  {task.description:<9}"), BarColumn(), TimeElapsedColumn())
+    columns = (SpinnerColumn(finished_text=" "), TextColumn("{task.description:<9}"), BarColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 def _steps(trainer: Child) -> Iterator[tuple[str, int, int]]:
+    """Steps as they are done, until the training has ended well. Raises `ChildFailed` where it has not."""
     assert trainer.process.stdout is not None  # noqa: S101  a pipe
     for text in trainer.process.stdout:
         agent, done, total = text.split()
         yield agent, int(done), int(total)
+    trainer.process.wait()
+    trainer.check(may_end=True)
 
 
 # ---------------------------------------------------------------------- server and worker
@@ -152,7 +162,7 @@ def _worker(stage: Stage, port: int) -> Iterator[tuple[Child, str]]:
         with stage.console.status("Starting the worker: imports, models, probes"):
             wait_until(lambda: _logged(worker, "ensemble") is not None, START_LIMIT_S, "the worker was not ready")
         line = _logged(worker, "metrics and health") or {}
-        stage.say(f"Worker: process {worker.process.pid}, {line['url']}/metrics; its log is {worker.log}.")
+        stage.say(f"Worker: `quartet run`, process {worker.process.pid}; {line['url']}/metrics, log in {worker.log}.")
         yield worker, line["url"]
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import Any
 
 import redis
 
@@ -26,7 +27,7 @@ KEEP_BEHIND_BARS = 240
 """With `--keep` the first bars end that long before now: four minutes at a round a second until it has caught up."""
 
 
-def fields_of(bar: Bar) -> dict[str, str]:
+def fields_of(bar: Bar) -> dict[Any, Any]:
     """The bar as the flat fields of a stream entry."""
     numbers = zip(("open", "high", "low", "close", "volume"), bar.ohlcv, strict=True)
     return {"symbol": bar.symbol, "ts": str(bar.ts), "interval": bar.interval, **{k: repr(v) for k, v in numbers}}

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from streams.messages import Bar
 from worker.training.bars import Bars
 from worker.training.market import MINUTE_MS, generate
@@ -45,8 +47,7 @@ def training_bars(seed: int) -> Bars:
     """The stretch that the models learn from: 20 symbols, 1,500 bars each."""
     market = generate(MOST_SYMBOLS, _TOTAL, seed)
     bars = market.bars(0, TRAINING_BARS)
-    known = set(market.symbols[:TRAINING_SYMBOLS])
-    return bars.take([symbol in known for symbol in bars.symbol.tolist()])
+    return bars.take(np.isin(bars.symbol, market.symbols[:TRAINING_SYMBOLS]))
 
 
 def rounds(seed: int, symbols: int, bars: int, last_ts: int) -> Iterator[list[Bar]]:

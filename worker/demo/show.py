@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from streams.messages import Action, Status
-from worker.demo.follow import Tally, View
+from worker.demo.follow import AgentView, Tally, View
 from worker.training.market import NOTE
 
 PICTURE_WIDTH = 92
@@ -63,7 +63,7 @@ class Outcome:
         return {
             "synthetic": True,
             "headline": self.view.headline,
-            "counts": self.view.counts,
+            "counts": {kind: int(n) if n.isdigit() else n for kind, n in self.view.counts.items()},
             "bars": {"published": self.tally.bars, **self.view.bars},
             "bars_per_second": round(self.rate, 1),
             "seconds": round(self.seconds, 3),
@@ -77,6 +77,7 @@ class Outcome:
                     "state": x.state,
                     "reason": x.reason,
                     "version": x.version,
+                    "abstentions": dict(self.tally.abstentions[x.agent]),
                     "votes": {a.name: self.tally.votes[x.agent].get(a.name, 0) for a in Action},
                 }
                 for x in self.view.agents
@@ -96,7 +97,9 @@ def agents_table(view: View) -> Table:
     for action in ("BUY", "SELL", "HOLD", "ABSTAIN"):
         table.add_column(action, justify="right", no_wrap=True)
     table.add_column("last vote", no_wrap=True)
-    table.add_column("why not", overflow="ellipsis", no_wrap=True)
+    reasons = {one.agent: _why_not(one) for one in view.agents}
+    if any(reasons.values()):
+        table.add_column("why not", overflow="ellipsis", no_wrap=True)
     last = view.last[0]["votes"] if view.last else {}
     for one in view.agents:
         vote = last.get(one.agent)
@@ -105,9 +108,16 @@ def agents_table(view: View) -> Table:
             Text(one.state, style=_STATE_STYLE.get(one.state, "yellow")),
             *(f"{one.votes.get(action, 0):,}" for action in ("BUY", "SELL", "HOLD", "ABSTAIN")),
             _vote_text(vote["action"], vote["confidence"]) if vote else "",
-            Text(": ".join(part for part in (one.reason, one.detail) if part)),
+            *([reasons[one.agent]] if any(reasons.values()) else []),
         )
     return table
+
+
+def _why_not(one: AgentView) -> str:
+    """Why an agent does not vote, or did not where it abstained."""
+    if one.reason:
+        return ": ".join(part for part in (one.reason, one.detail) if part)
+    return ", ".join(f"{n:,} {reason}" for reason, n in one.abstentions.items())
 
 
 def _vote_text(action: str, confidence: float) -> Text:
@@ -115,13 +125,13 @@ def _vote_text(action: str, confidence: float) -> Text:
 
 
 def signals_table(view: View, rows: int = 6) -> Table:
-    """The newest signals, one symbol a row."""
+    """The newest signal of the first symbols."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("symbol", "signal", "status"):
         table.add_column(name, no_wrap=True)
     table.add_column("agreeing", justify="right", no_wrap=True)
     table.add_column("configured, loaded, voting", no_wrap=True)
-    for signal in view.last[:rows]:
+    for signal in sorted(view.last, key=lambda one: str(one["symbol"]))[:rows]:
         table.add_row(
             signal["symbol"],
             _vote_text(signal["action"], signal["confidence"]),
@@ -178,11 +188,12 @@ def _check(outcome: Outcome) -> Text:
 
 
 def next_steps(outcome: Outcome) -> list[str]:
+    """What to type next."""
     return [
-        "Next:",
-        f"  look at the models     quartet models list --models {outcome.models}",
-        "  train on your bars     quartet train --bars bars.csv --agent all --models models",
-        "  run on your Redis      quartet run --redis redis://HOST:6379 --models models",
+        "Next: look at these models, train on bars of your own, then serve from your Redis:",
+        f"  quartet models list --models {outcome.models}",
+        "  quartet train --bars bars.csv --agent all --models models",
+        "  quartet run --redis redis://HOST:6379 --models models",
     ]
 
 
