@@ -43,6 +43,11 @@ class ColumnScaler:
         if x.shape[-1] != self.width:
             raise ValueError(f"the scaler has {self.width} columns, the rows {x.shape[-1]}")
         y = np.array(x, dtype=np.float64)
+        # Beyond float64 is inf, and the caller abstains; no warning is needed for that.
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._applied(y)
+
+    def _applied(self, y: Column) -> Column:
         if self.kind == "minmax" and self.mean is not None and self.scale is not None:
             y *= self.scale
             y += self.mean

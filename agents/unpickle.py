@@ -58,8 +58,9 @@ _REBUILDS = {
     # How pickle protocol 5 writes arrays.
     "numpy._core.numeric._frombuffer",
     "builtins.bytearray",
-    # How pickle protocol 2 writes bytes.
+    # How pickle protocol 2 writes bytes, and no bytes.
     "_codecs.encode",
+    "builtins.bytes",
 }
 NAMES = frozenset(_RECORDS | _MAPPINGS | _REBUILDS | {"numpy.ndarray"})
 """Every name that a file may hold. Each maps to a token or to a rebuild of this module."""
@@ -381,7 +382,7 @@ def _call(full: str, arguments: tuple[Any, ...], budget: _Budget) -> Any:
     if full == "numpy._core.numeric._frombuffer":
         data, dtype, shape, order = arguments
         return _array(data, _as_dtype(dtype), _shape(shape), order, budget)
-    if full in ("builtins.bytearray", "_codecs.encode"):
+    if full in ("builtins.bytearray", "builtins.bytes", "_codecs.encode"):
         return _bytes(arguments, budget)
     raise _unsafe(f"a call of {full}")
 

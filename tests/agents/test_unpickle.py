@@ -182,7 +182,8 @@ def test_a_permitted_name_is_never_imported():
     code = (
         "import sys; from agents import unpickle\n"
         "unpickle.read(sys.stdin.buffer.read())\n"
-        "import json; print(json.dumps(sorted({'pickle', 'joblib', 'sklearn', 'xgboost', 'lightgbm'} & set(sys.modules))))"
+        "import json; names = {'pickle', 'joblib', 'sklearn', 'xgboost', 'lightgbm'}\n"
+        "print(json.dumps(sorted(names & set(sys.modules))))"
     )
     data = legacy.pack(legacy.lightgbms()["classifier"], "joblib")
     done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=True, cwd=ROOT)
