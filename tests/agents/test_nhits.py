@@ -131,6 +131,7 @@ def test_inputs_that_are_no_whole_number_of_bars_are_refused():
     found = refusal(builders.nhits_state(64 * 8 + 1, (16, 16), 2, 12))
     assert found.reason is Reason.STATE_DICT_MISMATCH
     assert "513" in found.detail
+    assert "num_features" in found.detail
 
 
 @pytest.mark.parametrize(
