@@ -1,20 +1,25 @@
+#!lua
 -- One batch, all or nothing: outputs, state and position together, by the owner alone.
 --
--- KEYS[1]  the owner hash: epoch, position
+-- KEYS[1]  the owner hash: epoch, instance, position
 -- KEYS[2..] the keys that the packed batch names by number
 -- ARGV[1]  the epoch of the caller
 -- ARGV[2]  the position that this batch starts from, as it was stored
--- ARGV[3]  the position after it
+-- ARGV[3]  the position after it, never the same bytes as before
 -- ARGV[4]  the batch, msgpack: {outputs, appends, hashes, drops}
+-- ARGV[5]  the instance of the caller: after a failover an epoch can be given out twice
 --            outputs {key, keep, {id, ...}, {payload, ...}}   entries with one field, `data`
 --            appends {key, keep, {{field, value, ...}, ...}}  entries with IDs made here
 --            hashes  {key, {field, value, ...}}
 --            drops   {key, ...}
 --
 -- MULTI does not roll back and a script that fails midway keeps what it wrote: so every check comes
--- first, and what follows cannot fail. IDs are compared as text: a Lua number would lose digits.
+-- first, and what follows cannot fail. The first line makes the server judge memory and read-only
+-- before the script runs; without it a DEL would go through where the XADD after it may not.
+-- IDs are compared as text: a Lua number would lose digits.
 
 local CHUNK = 1000 -- unpack fails near 8,000 values
+local LAST_POSSIBLE = '18446744073709551615-18446744073709551615'
 
 local function parts(id)
   return string.match(id, '^(%d+)-(%d+)$')
@@ -43,9 +48,9 @@ local function last_id(key)
   end
 end
 
-local stored = redis.call('HMGET', KEYS[1], 'epoch', 'position')
-if stored[1] ~= ARGV[1] or (stored[2] or '') ~= ARGV[2] then
-  return {'MOVED', stored[1] or '', stored[2] or ''}
+local stored = redis.call('HMGET', KEYS[1], 'epoch', 'position', 'instance')
+if stored[1] ~= ARGV[1] or stored[3] ~= ARGV[5] or (stored[2] or '') ~= ARGV[2] then
+  return {'MOVED', stored[1] or '', stored[2] or '', stored[3] or ''}
 end
 
 local batch = cmsgpack.unpack(ARGV[4])
@@ -61,6 +66,9 @@ end
 for _, append in ipairs(appends) do
   local kind = type_of(KEYS[append[1]])
   if kind ~= 'stream' and kind ~= 'none' then return {'TYPE', KEYS[append[1]], kind} end
+  if kind == 'stream' and last_id(KEYS[append[1]]) == LAST_POSSIBLE then
+    return {'LAST_ID', KEYS[append[1]], LAST_POSSIBLE, '*'}
+  end
 end
 for _, hash in ipairs(hashes) do
   local kind = type_of(KEYS[hash[1]])

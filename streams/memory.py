@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from streams.messages import Entry
 from streams.store import (
     FIRST_ID,
+    GONE,
     Batch,
     Commit,
     Position,
     Snapshot,
+    StoreMisuseError,
     StreamFacts,
     check_input,
     id_tuple,
@@ -27,23 +29,36 @@ class MemoryStreams:
     now_ms: int = 0
     streams: dict[str, list[tuple[str, Fields]]] = field(default_factory=dict)
     added: dict[str, int] = field(default_factory=dict)
+    last_ids: dict[str, str] = field(default_factory=dict)
 
     def add(self, key: str, fields: Fields, entry_id: str | None = None) -> str:
         """Append one entry; its ID, made from the clock unless given. Raises ValueError if it is not larger."""
-        stream = self.streams.setdefault(key, [])
-        last = stream[-1][0] if stream else FIRST_ID
+        last = self.last_ids.get(key, FIRST_ID)
         if entry_id is None:
             ms, seq = id_tuple(last)
             entry_id = f"{self.now_ms}-0" if self.now_ms > ms else f"{ms}-{seq + 1}"
         if id_tuple(entry_id) <= id_tuple(last):
             raise ValueError(f"{key}: ID {entry_id} is not after the last one, {last}")
-        stream.append((entry_id, fields))
+        self.streams.setdefault(key, []).append((entry_id, fields))
         self.added[key] = self.added.get(key, 0) + 1
+        self.last_ids[key] = entry_id
         return entry_id
 
     def trim(self, key: str, keep: int) -> None:
         """Forget the oldest entries, as MAXLEN does."""
         self.streams[key] = self.streams[key][-keep:] if keep else []
+
+    def delete(self, key: str) -> None:
+        """Forget a stream, its last ID and its count."""
+        for store in (self.streams, self.added, self.last_ids):
+            store.pop(key, None)
+
+    def facts(self, key: str) -> StreamFacts:
+        """As a server tells them; `GONE` where the stream does not exist."""
+        if key not in self.streams:
+            return GONE
+        stream = self.streams[key]
+        return StreamFacts(len(stream), self.added[key], self.last_ids[key], stream[0][0] if stream else FIRST_ID)
 
     def after(self, key: str, entry_id: str) -> list[tuple[str, Fields]]:
         """The entries of a stream that follow an ID."""
@@ -68,6 +83,7 @@ class MemoryStore:
 
     def __init__(self, streams: MemoryStreams | None = None) -> None:
         self.streams = streams or MemoryStreams()
+        self.was_clean = True
         self.position = Position()
         self.state: dict[str, dict[bytes, bytes]] = {}
 
@@ -84,28 +100,33 @@ class MemoryStore:
         return Snapshot(self.position, {part: dict(self.state.get(part, {})) for part in parts})
 
     def read(self, position: Position, keys: Sequence[str], count: int) -> Batch:
-        facts = {key: self._facts(key) for key in keys if key in self.streams.streams}
         entries: list[Entry] = []
-        for key, fact in facts.items():
+        for key in keys:
             known = position.inputs.get(key)
             if known:
-                check_input(key, known, fact)
+                check_input(key, known, self.streams.facts(key))
             rows = self.streams.after(key, known.id if known else FIRST_ID)[:count]
             entries += [Entry(key, entry_id, fields) for entry_id, fields in rows]
-        if len(facts) > 1:
+        if len(keys) > 1:
             entries.sort(key=lambda entry: id_tuple(entry.id))
+        facts = {key: self.streams.facts(key) for key in keys if key in self.streams.streams}
         return Batch(entries[:count], facts)
-
-    def _facts(self, key: str) -> StreamFacts:
-        stream = self.streams.streams[key]
-        return StreamFacts(len(stream), self.streams.added[key], stream[-1][0] if stream else FIRST_ID)
 
     def wait(self, position: Position, keys: Sequence[str], timeout_s: float) -> bool:
         """Whether there is an entry after `position`; a memory stream never makes anybody wait."""
         del timeout_s
         return bool(self.read(position, keys, 1).entries)
 
+    def mark(self, entry: Entry) -> int:
+        """Nothing in memory outlives the one who dies on an entry."""
+        del entry
+        return 1
+
+    def lengths(self, keys: Sequence[str]) -> dict[str, int]:
+        return {key: len(self.streams.streams.get(key, ())) for key in keys}
+
     def commit(self, commit: Commit) -> None:
+        self._check_ids(commit)
         for part in commit.drops:
             self.state.pop(part, None)
         for output in commit.outputs:
@@ -117,3 +138,10 @@ class MemoryStore:
         for part, fields in commit.state.items():
             self.state.setdefault(part, {}).update(fields)
         self.position = commit.position
+
+    def _check_ids(self, commit: Commit) -> None:
+        """All checks before the first write, as on a server."""
+        for output in commit.outputs:
+            last = self.streams.facts(output.key).last_id
+            if output.ids and id_tuple(output.ids[0]) <= id_tuple(last):
+                raise StoreMisuseError(f"stream {output.key} ends at {last}, past the next output {output.ids[0]}")

@@ -2,7 +2,8 @@
 
 The epoch in the owner hash is the fence: taking over increments it, and a commit with an older one
 writes nothing. The lease only says who is alive. No write is ever retried blindly: after a lost
-reply the stored position tells whether the commit was applied.
+reply the stored position tells whether the commit was applied. It begins with the commit's number,
+so that a commit that moves no input is told apart from its predecessor too.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from streams.keys import Keys
 from streams.messages import Entry
 from streams.store import (
     FIRST_ID,
+    GONE,
     Batch,
     Commit,
     FencedError,
@@ -52,15 +54,18 @@ OLDEST_SERVER = (7, 0)
 _AWAY = (RedisConnectionError, RedisTimeoutError, BusyLoadingError, OutOfMemoryError, ReadOnlyError)
 _CANNOT_WRITE = ("MISCONF", "OOM", "READONLY", "NOREPLICAS", "LOADING", "MASTERDOWN", "UNKILLABLE", "BUSY")
 
-# Take the lease if it is free or ours, and make everybody else's commits void.
+# Take the lease if it is free or ours, and make everybody else's commits void. `found` is how the one
+# before ended; it survives a second call by the same instance, whose first reply was lost.
 _ACQUIRE = """
 local holder = redis.call('GET', KEYS[2])
 if holder and holder ~= ARGV[1] then return 0 end
+local owner = redis.call('HMGET', KEYS[1], 'instance', 'clean', 'found')
+local found = owner[2] or '1'
+if owner[1] == ARGV[1] then found = owner[3] or '1' end
 redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
-local clean = redis.call('HGET', KEYS[1], 'clean')
-redis.call('HSET', KEYS[1], 'instance', ARGV[1], 'clean', '0')
+redis.call('HSET', KEYS[1], 'instance', ARGV[1], 'clean', '0', 'found', found)
 local epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
-return {tostring(epoch), clean or '1'}
+return {tostring(epoch), found}
 """
 
 # Keep the lease; where it ran out and nobody took it, take it again.
@@ -72,18 +77,23 @@ return 1
 """
 
 _RELEASE = """
-if redis.call('HGET', KEYS[1], 'epoch') == ARGV[2] then redis.call('HSET', KEYS[1], 'clean', '1') end
+local owner = redis.call('HMGET', KEYS[1], 'epoch', 'instance')
+if owner[1] == ARGV[2] and owner[2] == ARGV[1] then redis.call('HSET', KEYS[1], 'clean', '1') end
 if redis.call('GET', KEYS[2]) == ARGV[1] then redis.call('DEL', KEYS[2]) end
 return 1
 """
 
-# Note which entry is about to be processed alone; how often that was noted without a commit since.
+# Note which entry is about to be processed alone; how many instances noted it, one after another.
 _MARK = """
-if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return -1 end
-if redis.call('HGET', KEYS[1], 'marked') ~= ARGV[2] then
-  redis.call('HSET', KEYS[1], 'marked', ARGV[2], 'marks', '0')
+local owner = redis.call('HMGET', KEYS[1], 'epoch', 'instance', 'marked', 'marked_by', 'marks')
+if owner[1] ~= ARGV[1] or owner[2] ~= ARGV[3] then return -1 end
+local marks = 1
+if owner[3] == ARGV[2] then
+  marks = tonumber(owner[5])
+  if owner[4] ~= ARGV[3] then marks = marks + 1 end
 end
-return redis.call('HINCRBY', KEYS[1], 'marks', 1)
+redis.call('HSET', KEYS[1], 'marked', ARGV[2], 'marked_by', ARGV[3], 'marks', marks)
+return marks
 """
 
 
@@ -125,6 +135,10 @@ def _guarded(call: Any, *args: Any, **kwargs: Any) -> Any:
     except ResponseError as error:
         if str(error).startswith(_CANNOT_WRITE):
             raise StoreUnavailableError(str(error)) from error
+        if "WRONGTYPE" in str(error):
+            raise StoreMisuseError(
+                f"a key of this namespace holds something else ({error}): use another --namespace or delete the key"
+            ) from error
         raise
 
 
@@ -143,6 +157,7 @@ class RedisStore:
         self._lease_ms = max(1, round(lease_s * 1000))
         self._retain = retain
         self._committed = b""
+        self._commits = 0
         self._script = files("streams").joinpath("commit.lua").read_text("utf-8")
         self._sha: str | None = None
         self._keys = (keys.owner(stage), keys.lease(stage))
@@ -170,40 +185,46 @@ class RedisStore:
         _guarded(self.client.eval, _RELEASE, 2, *self._keys, self.instance, str(self.epoch))
 
     def mark(self, entry: Entry) -> int:
-        """Note that `entry` is about to be processed alone; how many times since the last other note."""
+        """Note that `entry` is about to be processed alone; how many instances in a row noted just that."""
         marked = f"{entry.key} {entry.id}"
-        count = int(_guarded(self.client.eval, _MARK, 1, self._keys[0], str(self.epoch), marked))
+        count = int(_guarded(self.client.eval, _MARK, 1, self._keys[0], str(self.epoch), marked, self.instance))
         if count < 0:
             raise FencedError(self._fenced("another epoch"))
         return count
 
     def load(self, parts: Sequence[str]) -> Snapshot:
-        """Position and state in one transaction. Raises `FencedError` where the epoch is not ours."""
+        """Position and state in one transaction. Raises `FencedError` or `RewoundError` where this is not the owner."""
         pipe = self.client.pipeline(transaction=True)
-        pipe.hmget(self._keys[0], "epoch", "position")
+        pipe.hmget(self._keys[0], "epoch", "instance", "position")
         for part in parts:
             pipe.hgetall(self.keys.state(part))
-        (epoch, position), *state = _guarded(pipe.execute)
-        if self.epoch and int(epoch or 0) != self.epoch:
-            raise FencedError(self._fenced(epoch))
-        self._committed = position or b""
-        return Snapshot(Position.decode(self._committed), dict(zip(parts, state, strict=True)))
+        (epoch, instance, stored), *state = _guarded(pipe.execute)
+        self._check_owner(epoch, instance)
+        self._committed = stored or b""
+        number, _, position = self._committed.partition(b" ")
+        self._commits = int(number or 0)
+        return Snapshot(Position.decode(position), dict(zip(parts, state, strict=True)))
 
     def read(self, position: Position, keys: Sequence[str], count: int) -> Batch:
         """Entries after `position` and the facts of each stream, at one moment.
 
-        Raises `InputLostError` where an input no longer holds what follows the position.
+        Raises `InputLostError` where an input no longer holds what follows the position, but first what
+        `commit` would raise: a server that went back in time has lost input too.
         """
         pipe = self.client.pipeline(transaction=True)
+        pipe.hmget(self._keys[0], "epoch", "instance", "position")
         for key in keys:
             pipe.xinfo_stream(key)
         pipe.xread({key: _after(position, key) for key in keys}, count=count)
-        *infos, streams = _guarded(pipe.execute, raise_on_error=False)
+        (epoch, instance, stored), *infos, streams = _guarded(pipe.execute, raise_on_error=False)
+        self._check_owner(epoch, instance)
+        if self.epoch and (stored or b"") != self._committed:
+            raise RewoundError(self._rewound(epoch, stored))
         facts = {key: _facts(key, info) for key, info in zip(keys, infos, strict=True)}
         known = {key: fact for key, fact in facts.items() if fact is not None}
-        for key, fact in known.items():
+        for key in keys:
             if key in position.inputs:
-                check_input(key, position.inputs[key], fact)
+                check_input(key, position.inputs[key], known.get(key, GONE))
         if isinstance(streams, Exception):
             raise _translated(streams)
         return Batch(_merged(streams, count), known)
@@ -215,17 +236,18 @@ class RedisStore:
 
     def commit(self, commit: Commit) -> None:
         """One atomic commit; safe to call again with the same one after `StoreUnavailableError`."""
-        position = commit.position.encode()
+        following = b"%d %s" % (self._commits + 1, commit.position.encode())
         keys, packed = self._packed(commit)
-        reply = self._run_commit(keys, position, packed)
+        reply = self._run_commit(keys, following, packed)
         if reply[0] == b"MOVED":
-            self._judge_move(reply[1], reply[2], position)
+            self._judge_move(reply[1], reply[2], reply[3], following)
         elif reply[0] != b"OK":
             raise StoreMisuseError(_misuse(reply))
-        self._committed = position
+        self._committed = following
+        self._commits += 1
 
-    def _run_commit(self, keys: Sequence[str], position: bytes, packed: bytes) -> list[bytes]:
-        arguments = (len(keys), *keys, str(self.epoch), self._committed, position, packed)
+    def _run_commit(self, keys: Sequence[str], following: bytes, packed: bytes) -> list[bytes]:
+        arguments = (len(keys), *keys, str(self.epoch), self._committed, following, packed, self.instance)
         if self._sha is None:
             self._sha = _guarded(self.client.script_load, self._script)
         try:
@@ -234,16 +256,21 @@ class RedisStore:
             self._sha = _guarded(self.client.script_load, self._script)
             return _guarded(self.client.evalsha, self._sha, *arguments)  # type: ignore[no-any-return]
 
-    def _judge_move(self, epoch: bytes, stored: bytes, position: bytes) -> None:
+    def _judge_move(self, epoch: bytes, stored: bytes, instance: bytes, following: bytes) -> None:
         """Tell apart why the server's position is not the one that this batch starts from."""
-        if int(epoch or 0) > self.epoch:
+        self._check_owner(epoch, instance)
+        if stored != following:  # else an earlier try was applied and its reply lost
+            raise RewoundError(self._rewound(epoch, stored))
+
+    def _check_owner(self, epoch: bytes | None, instance: bytes | None) -> None:
+        """Raise `FencedError` where another instance took over, `RewoundError` where the server forgot us."""
+        if not self.epoch:
+            return
+        stored = int(epoch or 0)
+        if stored > self.epoch or (stored == self.epoch and instance != self.instance.encode()):
             raise FencedError(self._fenced(epoch))
-        if int(epoch or 0) == self.epoch and stored == position:
-            return  # an earlier try was applied and its reply lost
-        raise RewoundError(
-            f"the server holds an earlier position than was committed (epoch {epoch!r}, position {stored!r}): "
-            "it lost its latest writes"
-        )
+        if stored < self.epoch:
+            raise RewoundError(self._rewound(epoch, None))
 
     def _packed(self, commit: Commit) -> tuple[list[str], bytes]:
         """The keys of the script, the owner first, and the batch with keys as numbers."""
@@ -267,6 +294,12 @@ class RedisStore:
         return (
             f"another instance took over {self.keys.namespace}:{self.stage} "
             f"(its epoch is {epoch!r}, ours {self.epoch}); nothing was written"
+        )
+
+    def _rewound(self, epoch: Any, stored: Any) -> str:
+        return (
+            f"the server holds an earlier position than was committed (epoch {epoch!r}, ours {self.epoch}; position "
+            f"{stored!r}): it lost its latest writes"
         )
 
     def append(self, key: str, entries: Iterable[dict[Any, Any]], *, maxlen: int | None = None) -> None:
@@ -295,7 +328,9 @@ def _facts(key: str, info: Any) -> StreamFacts | None:
         if "no such key" in str(info):
             return None
         raise _translated(info, key)
-    return StreamFacts(info["length"], info["entries-added"], info["last-generated-id"].decode())
+    first = info["first-entry"]
+    first_id = first[0].decode() if first else FIRST_ID
+    return StreamFacts(info["length"], info["entries-added"], info["last-generated-id"].decode(), first_id)
 
 
 def _translated(error: Exception, key: str = "") -> Exception:

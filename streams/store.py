@@ -86,7 +86,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Entries for one output stream, each with its ID and the bytes of its `data`."""
+    """Entries for one output stream, each with its ID and the bytes of its `data`; the IDs strictly increase."""
 
     key: str
     ids: Sequence[str]
@@ -95,7 +95,10 @@ class Output:
 
 @dataclass(frozen=True)
 class Commit:
-    """Everything that one batch changes. `appends` are flat fields with IDs made by the server."""
+    """Everything that one batch changes. `appends` are flat fields with IDs made by the server.
+
+    `drops` are parts of the state that are deleted before `state` is written.
+    """
 
     position: Position
     outputs: Sequence[Output] = ()
@@ -106,11 +109,16 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class StreamFacts:
-    """What the server says of a stream: entries in it, ever added to it, and its last ID."""
+    """What the server says of a stream: entries in it, ever added to it, and its last and first ID."""
 
     length: int
     added: int
     last_id: str
+    first_id: str = FIRST_ID
+
+
+GONE = StreamFacts(0, 0, FIRST_ID)
+"""The facts of a stream that was deleted."""
 
 
 @dataclass(frozen=True)
@@ -166,14 +174,22 @@ class Store(Protocol):
 
 
 def check_input(key: str, position: InputPosition, facts: StreamFacts) -> None:
-    """Raise `InputLostError` where the input was trimmed past the position, recreated or rewound."""
+    """Raise `InputLostError` where the input was trimmed past the position, recreated, rewound or deleted.
+
+    While fewer entries are gone than were consumed, the last consumed one is still there, so the
+    first entry cannot lie behind it.
+    """
     trimmed = facts.added - facts.length
+    restart = InputPosition(FIRST_ID, trimmed)
     if facts.added < position.consumed:
         what = f"it was recreated: {position.consumed} entries were added up to the position, now only {facts.added}"
-        raise InputLostError(key, trimmed, what, InputPosition(FIRST_ID, trimmed))
+        raise InputLostError(key, trimmed, what, restart)
     if id_tuple(facts.last_id) < id_tuple(position.id):
         what = f"it was rewound: its last ID {facts.last_id} is before the position {position.id}"
-        raise InputLostError(key, trimmed, what, InputPosition(FIRST_ID, trimmed))
+        raise InputLostError(key, trimmed, what, restart)
+    if trimmed < position.consumed and id_tuple(facts.first_id) > id_tuple(position.id):
+        what = f"it was recreated: its first ID {facts.first_id} is after the position {position.id}"
+        raise InputLostError(key, trimmed, what, restart)
     lost = trimmed - position.consumed
     if lost > 0:
         what = f"{lost} entries were trimmed before they were read"

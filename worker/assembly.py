@@ -13,6 +13,7 @@ from structlog.typing import FilteringBoundLogger
 
 from agents.artifacts import Loading, LoadOptions, load_agent
 from streams import embedded
+from streams.codec import StateCorruptError
 from streams.keys import Keys
 from streams.redis import RedisStore, check_server, connect
 from streams.validation import Limits
@@ -156,6 +157,16 @@ def open_client(url: str) -> redis.Redis:
     return client
 
 
+def artifacts_in_use(store: RedisStore, *, rebuild: bool) -> dict[str, str | None]:
+    """The committed artifact hash of each agent; none with `rebuild` where it cannot be read."""
+    try:
+        return {name: pair[0] for name, pair in agents_in_use(store.load(("agents",)).state).items()}
+    except StateCorruptError:
+        if not rebuild:
+            raise
+        return {}
+
+
 def serve(settings: Settings, options: Options, log: FilteringBoundLogger) -> None:
     """`quartet run`: everything from the server to the last commit."""
     use_kernel_cache(settings.state_dir)
@@ -172,7 +183,7 @@ def serve(settings: Settings, options: Options, log: FilteringBoundLogger) -> No
         http = HttpServer(probes, settings.http_host, settings.http_port)
         log.info("metrics and health", url=http.url)
         try:
-            in_use = {name: pair[0] for name, pair in agents_in_use(store.load(("agents",)).state).items()}
+            in_use = artifacts_in_use(store, rebuild=options.rebuild)
             loadings = load_agents(settings, in_use, log)
             worker = Worker(
                 settings,

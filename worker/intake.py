@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from streams.codec import seal, unseal
+from streams.codec import StateCorruptError, seal, unseal
 from streams.messages import Bar, Entry, Event, Reject
 from streams.validation import (
     BadBarError,
@@ -61,6 +61,8 @@ class Series:
     @classmethod
     def unpack(cls, name: str, data: bytes) -> Series:
         row, symbol, interval, last_ts, last, flat_bars, rewarm = unseal(name, data)
+        if str(row) != name:
+            raise StateCorruptError(name, f"it holds series {row}")
         return cls(row, symbol, interval, last_ts, tuple(last), flat_bars, rewarm)
 
 
@@ -323,6 +325,10 @@ class Intake:
     def restore(self, fields: Mapping[bytes, bytes]) -> None:
         """Take up the state that `changes` wrote. Raises `StateCorruptError`."""
         rows = [Series.unpack(name.decode(), data) for name, data in fields.items() if name != b"feed"]
-        self._series = {(s.symbol, s.interval): s for s in sorted(rows, key=lambda s: s.row)}
+        rows.sort(key=lambda series: series.row)
+        for place, series in enumerate(rows):
+            if series.row != place:
+                raise StateCorruptError(str(place), f"missing, though series {series.row} is there")
+        self._series = {(s.symbol, s.interval): s for s in rows}
         if b"feed" in fields:
             self.health = FeedHealth(unseal("feed", fields[b"feed"]))

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 from structlog.typing import FilteringBoundLogger
 
 from agents.artifacts import Loading
-from streams.codec import StateCorruptError
 from streams.keys import Keys
 from streams.messages import AgentState, Entry, Event
 from streams.redis import with_baseline
@@ -27,7 +26,6 @@ from streams.store import (
     StoreUnavailableError,
 )
 from worker.engine import commit_of, encoded_events
-from worker.features import packing
 from worker.http import Condition
 from worker.lease import LeaseKeeper
 from worker.pipeline import PARTS, Pipeline, State, agents_in_use
@@ -176,7 +174,8 @@ class Worker:
         rebuilt = self._restore(snapshot)
         self.pipeline.intake.ids.last = snapshot.position.last_output_id
         self._cautious = 0 if self.store.was_clean else self.settings.batch_size
-        events = [self._agent_event(loading, snapshot.state) for loading in self._loadings]
+        stored = {} if rebuilt else snapshot.state
+        events = [self._agent_event(loading, stored) for loading in self._loadings]
         if self.position.inputs:
             events.append(self._recovery_event(self.position, rewound, rebuilt))
             self.sensors.metrics.recoveries()
@@ -194,10 +193,7 @@ class Worker:
     def _restore(self, snapshot: Snapshot) -> Rebuilt | None:
         """Restore the pipeline from the stored state, or where that was asked for from the retained input."""
         if not self.options.rebuild:
-            try:
-                self.pipeline.restore(snapshot.state)
-            except packing.StateCorruptError as error:
-                raise StateCorruptError(error.field.decode("ascii", "backslashreplace"), str(error)) from error
+            self.pipeline.restore(snapshot.state)
             return None
         self.options.rebuild = False
         rebuilt = rebuild(
@@ -316,6 +312,7 @@ class Worker:
         """Call until the server answers; gives up only when the worker is told to stop."""
         pause_s = 0.05
         while True:
+            self.status.beat()
             try:
                 value = call()
             except StoreUnavailableError as error:
@@ -333,7 +330,6 @@ class Worker:
                 return value
 
     def _note_outage(self, error: StoreUnavailableError, *, committing: bool) -> None:
-        self.status.beat()
         if self.status.server.ok:
             self.log.error("the server is unavailable; nothing is lost, trying again", detail=str(error))
         self.status.server = Condition(ok=False, detail=str(error))

@@ -6,6 +6,7 @@ to a vote than through `agents.agent.Model`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -158,6 +159,17 @@ class AgentStage:
         return np.where(reached, STATE_CODE[AgentState.ACTIVE], STATE_CODE[AgentState.WARMING_UP]).astype(np.int8)
 
 
+def _compute_alone() -> None:
+    """One torch thread inside this thread from its first call on.
+
+    The number that the main thread set reaches another thread only after its first matrix product,
+    which would run on all cores and give other last bits.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
+
+
 class VotingStage:
     """All agent stages and the sequence windows they share, one ring a feature set."""
 
@@ -165,7 +177,7 @@ class VotingStage:
         self.stages = [AgentStage(seat) for seat in seats]
         self._capacity = capacity
         self._windows: dict[str, SequenceWindows] = {}
-        self._threads = ThreadPoolExecutor(max_workers=max(len(seats), 1), thread_name_prefix="agent")
+        self._threads = ThreadPoolExecutor(max(len(seats), 1), "agent", initializer=_compute_alone)
         self._open_windows()
 
     @property

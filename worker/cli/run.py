@@ -21,13 +21,16 @@ def run(
     accept_gap: Annotated[
         bool, typer.Option("--accept-gap", help="Go on past input that is gone: count it as lost and warm up again.")
     ] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Compute the state anew from the retained input; emits nothing.")
+    ] = False,
 ) -> None:
     """Serve: bars in, votes and signals out, until SIGTERM."""
     from worker.assembly import serve
     from worker.logs import make_logger
     from worker.service import Options
 
-    options = Options(until_idle_s=until_idle, accept_gap=accept_gap)
+    options = Options(until_idle_s=until_idle, accept_gap=accept_gap, rebuild=rebuild)
 
     def stop(_number: int, _frame: Any) -> None:
         options.stop.set()
