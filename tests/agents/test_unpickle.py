@@ -271,7 +271,7 @@ def test_a_bomb_is_refused(name):
 
 
 def test_bombs_are_refused_within_a_bound_on_memory(tmp_path):
-    """All bombs in one process that may map 700 MB, of which Python and numpy take about 400."""
+    """All bombs in one process that may map 256 MiB more than it has after its imports."""
     for i, (_, data) in enumerate(bombs().items()):
         (tmp_path / f"{i:02d}").write_bytes(data)
     code = (
