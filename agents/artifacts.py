@@ -17,12 +17,23 @@ from typing import Any, cast
 
 from agents import matching, probe, sidecars
 from agents.agent import Built, Family, Head, Model, Refusal, Refused, Scaler
-from agents.discovery import PATTERN, Candidate, discover, misnamed, read_once
+from agents.discovery import PATTERN, Candidate, candidate_of, discover, misnamed, read_once
 from agents.heads import CLASSES, head_for
 from agents.sidecars import LoadOptions
 from streams.messages import AGENTS, AgentState, Reason
 
-__all__ = ["Candidate", "LoadOptions", "Loading", "discover", "inspect", "load", "load_agent", "misnamed"]
+__all__ = [
+    "Candidate",
+    "LoadOptions",
+    "Loading",
+    "discover",
+    "inspect",
+    "load",
+    "load_agent",
+    "load_exact",
+    "load_file",
+    "misnamed",
+]
 
 _FAMILIES = MappingProxyType(
     {"xgboost": "agents.xgb", "lightgbm": "agents.lgbm", "nhits": "agents.nhits", "patchtst": "agents.patchtst"}
@@ -68,6 +79,32 @@ def load_agent(models: Path, agent: str, options: LoadOptions, in_use: str | Non
     if newest.refusal is None or in_use is None:
         return newest
     return _keep_in_use(candidates[1:], options, in_use, newest)
+
+
+def load_file(file: Path, agent: str, options: LoadOptions) -> Loading:
+    """Load this very file for `agent`, whether it would be selected or not."""
+    candidate = candidate_of(file, agent)
+    if candidate is None:
+        detail = f"{file.name} is not the name of an artifact of {agent}: expected {PATTERN}; rename it"
+        return Loading(agent, refusal=Refusal(Reason.NO_ARTIFACT, detail))
+    if not file.exists():
+        detail = f"{file} is not there: put it where the worker can read it"
+        return Loading(agent, refusal=Refusal(Reason.NO_ARTIFACT, detail), candidate=candidate)
+    return _examine(candidate, options)
+
+
+def load_exact(models: Path, agent: str, file: str, sha256: str, options: LoadOptions) -> Loading:
+    """Load the artifact of that hash and no other: from `models`, whatever its name is there, or from `file`."""
+    named = [candidate_of(place, agent) for place in (models / Path(file).name, Path(file))]
+    found = [c for c in dict.fromkeys((*named, *discover(models, agent))) if c and _sha256(c, options) == sha256]
+    loadings = [_examine(candidate, options) for candidate in found[:1]]
+    if loadings and (loadings[0].model is None or loadings[0].model.sha256 == sha256):
+        return loadings[0]
+    detail = (
+        f"the artifact in use, {Path(file).name} with sha256 {sha256[:12]}, is neither in {models} nor at {file}: "
+        f"put it back, or serve the newest with `quartet models reload {agent}`"
+    )
+    return Loading(agent, refusal=Refusal(Reason.NO_ARTIFACT, detail))
 
 
 def inspect(models: Path, options: LoadOptions) -> list[dict[str, Any]]:

@@ -66,6 +66,16 @@ def discover(models: Path, agent: str) -> list[Candidate]:
     return sorted(found, key=_rank, reverse=True)
 
 
+def candidate_of(file: Path, agent: str) -> Candidate | None:
+    """The file as an artifact of `agent`; None where its name is not one."""
+    return _candidate(file.parent, agent, file.name)
+
+
+def ranks_above(one: Candidate, other: Candidate) -> bool:
+    """Whether `one` would be selected before `other`."""
+    return _rank(one) > _rank(other)
+
+
 def misnamed(models: Path, agent: str) -> list[Path]:
     """Files with a prefix and a suffix as models have them that do not fit the pattern; none is ever loaded."""
     prefixed = re.compile(
