@@ -64,7 +64,7 @@ def start(order: dict[str, Any]) -> int:
     if pid == 0:
         try:
             child(order["arguments"], order["env"], order["log"])
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - a fork must end here, with the reason in its log
             import traceback
 
             traceback.print_exc()
@@ -73,16 +73,16 @@ def start(order: dict[str, Any]) -> int:
     return pid
 
 
+def wait(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 def main() -> None:
     warm_up()
     print("ready", flush=True)
     for line in sys.stdin:
         order = json.loads(line)
-        if order["do"] == "start":
-            answer = start(order)
-        else:
-            answer = os.waitstatus_to_exitcode(os.waitpid(order["pid"], 0)[1])
-        print(answer, flush=True)
+        print(start(order) if order["do"] == "start" else wait(order["pid"]), flush=True)
 
 
 if __name__ == "__main__":
