@@ -21,6 +21,7 @@ from worker.errors import CheckFailed, Unavailable
 from worker.http import HttpServer, Probes
 from worker.lease import LeaseKeeper
 from worker.metrics import Metrics
+from worker.notify import Notifier
 from worker.pipeline import Pipeline, agents_in_use
 from worker.sensors import Sensors
 from worker.service import Options, Worker
@@ -194,6 +195,7 @@ def serve(settings: Settings, options: Options, log: FilteringBoundLogger) -> No
                 status=status,
                 log=log,
                 options=options,
+                notifier=Notifier.from_environment(),
             )
             twin = store.with_client(connect(url))
             worker.run(LeaseKeeper(twin.renew, lambda: status.heartbeat, settings.lease_s / 4))

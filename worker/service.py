@@ -28,6 +28,7 @@ from streams.store import (
 from worker.engine import commit_of, encoded_events
 from worker.http import Condition
 from worker.lease import LeaseKeeper
+from worker.notify import Notifier
 from worker.pipeline import PARTS, Pipeline, State, agents_in_use
 from worker.rebuild import Rebuilt, rebuild
 from worker.sensors import Sensors
@@ -78,6 +79,7 @@ class Worker:
         status: Status,
         log: FilteringBoundLogger,
         options: Options,
+        notifier: Notifier | None = None,
     ) -> None:
         self.settings = settings
         self.keys = Keys(settings.namespace)
@@ -86,6 +88,7 @@ class Worker:
         self.status = status
         self.log = log
         self.options = options
+        self.notifier = notifier or Notifier()
         self.position = Position()
         self.pipeline = make_pipeline()
         self._make_pipeline = make_pipeline
@@ -104,13 +107,15 @@ class Worker:
         lease.start()
         try:
             self._start()
+            self.notifier.ready(f"serving {self.settings.namespace}")
             while not self._done():
-                self.status.beat()
+                self._beat()
                 if lease.lost.is_set():
                     raise FencedError("another instance holds the lease; this one stops without writing")
                 self._turn()
             self.store.release()
         finally:
+            self.notifier.stopping()
             lease.stop()
 
     def _turn(self) -> None:
@@ -123,6 +128,11 @@ class Worker:
                 self._idle()
         except RewoundError as error:
             self._start(error)
+
+    def _beat(self) -> None:
+        """The loop turns: for `/healthz` and for the service manager's watchdog."""
+        self.status.beat()
+        self.notifier.alive()
 
     def _done(self) -> bool:
         if self.options.stop.is_set():
@@ -144,8 +154,9 @@ class Worker:
             if not waiting:
                 self.log.info("standing by: another instance is alive and owns this namespace")
                 self.status.owner = Condition(ok=False, detail="standing by for another instance")
+                self.notifier.status(self.status.owner.detail)
             waiting = True
-            self.status.beat()
+            self._beat()
             if self.options.stop.wait(STANDBY_POLL_S):
                 return False
         self.status.owner = Condition(ok=True)
@@ -312,7 +323,7 @@ class Worker:
         """Call until the server answers; gives up only when the worker is told to stop."""
         pause_s = 0.05
         while True:
-            self.status.beat()
+            self._beat()
             try:
                 value = call()
             except StoreUnavailableError as error:
