@@ -102,7 +102,7 @@ def read_fields(fields: Mapping[bytes, bytes]) -> Raw:
     """
     check_size(fields)
     data = fields.get(b"data")
-    return _flat_fields(fields) if data is None else read_json_object(data)
+    return read_flat(fields) if data is None else read_json_object(data)
 
 
 def check_size(fields: Mapping[bytes, bytes]) -> None:
@@ -114,7 +114,8 @@ def check_size(fields: Mapping[bytes, bytes]) -> None:
         raise BadBarError("oversize", f"{size} bytes, at most {MAX_PAYLOAD_BYTES} are read")
 
 
-def _flat_fields(fields: Mapping[bytes, bytes]) -> Raw:
+def read_flat(fields: Mapping[bytes, bytes]) -> Raw:
+    """Flat fields as text. Raises `BadBarError` with `encoding`."""
     if _CONTROL.search(b"".join(fields.keys())) or _CONTROL.search(b"".join(fields.values())):
         raise BadBarError("encoding", "a field holds NUL or a control character")
     try:

@@ -7,13 +7,14 @@ rejects among the last entries of the feed. All of it is part of the commit.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streams.codec import StateCorruptError, seal, unseal
+from streams.formats import FormatReader
 from streams.messages import Bar, Entry, Event, Reject
 from streams.validation import (
     BadBarError,
@@ -23,7 +24,6 @@ from streams.validation import (
     check_bar,
     interval_ms,
     missing_bars,
-    read_fields,
 )
 
 STAGE = "intake"
@@ -35,12 +35,6 @@ FEED_REJECT_LIMIT = 0.05
 IMPLAUSIBLE_AHEAD_MS = 3_600_000
 
 OHLCV = tuple[float, float, float, float, float]
-Reader = Callable[[Entry], Sequence[Raw]]
-
-
-def read_native(entry: Entry) -> Sequence[Raw]:
-    """One bar: flat fields, or one field `data` with the same as JSON."""
-    return (read_fields(entry.fields),)
 
 
 @dataclass(slots=True)
@@ -177,12 +171,12 @@ class _Batch:
 class Intake:
     """Decodes, validates and orders. `several_keys` says that more than one input key is read."""
 
-    def __init__(self, limits: Limits, *, reader: Reader = read_native, several_keys: bool = False) -> None:
+    def __init__(self, limits: Limits, *, reader: FormatReader | None = None, several_keys: bool = False) -> None:
         self.limits = limits
         self.several_keys = several_keys
         self.health = FeedHealth()
         self.ids = OutputIds()
-        self._reader = reader
+        self._reader = reader or FormatReader()
         self._series: dict[tuple[str, str], Series] = {}
         self._changed: set[tuple[str, str]] = set()
 
@@ -205,6 +199,8 @@ class Intake:
             except BadBarError as error:
                 self._reject(batch, entry, error.reason, error.detail)
                 continue
+            if not raws:
+                batch.outcomes["unclosed"] += 1  # another message: it says nothing of the feed's health either
             for raw in raws:
                 self._accept_one(batch, entry, raw, now_ms, own_id=len(raws) == 1 and not self.several_keys)
         return batch.freeze()
@@ -320,15 +316,16 @@ class Intake:
         """The state fields to store for everything since the last call."""
         fields = [(b"%d" % s.row, s.pack()) for s in (self._series[key] for key in self._changed)]
         self._changed.clear()
-        return [*fields, (b"feed", self.health.pack())]
+        return [*fields, *self._reader.changes(), (b"feed", self.health.pack())]
 
     def restore(self, fields: Mapping[bytes, bytes]) -> None:
         """Take up the state that `changes` wrote. Raises `StateCorruptError`."""
-        rows = [Series.unpack(name.decode(), data) for name, data in fields.items() if name != b"feed"]
+        rows = [Series.unpack(name.decode(), data) for name, data in fields.items() if name.isdigit()]
         rows.sort(key=lambda series: series.row)
         for place, series in enumerate(rows):
             if series.row != place:
                 raise StateCorruptError(str(place), f"missing, though series {series.row} is there")
         self._series = {(s.symbol, s.interval): s for s in rows}
+        self._reader.restore(fields)
         if b"feed" in fields:
             self.health = FeedHealth(unseal("feed", fields[b"feed"]))

@@ -15,12 +15,13 @@ import numpy as np
 
 from streams.codec import seal, unseal
 from streams.contracts import FEATURE_SETS, V3, FeatureSet
+from streams.formats import FormatReader
 from streams.messages import Action, AgentState, Bar, Entry, Event, Reject
 from streams.validation import Limits
 from worker import consensus
 from worker.batches import STATES, Ballot, Signals, Vectors
 from worker.features.bank import FeatureBank
-from worker.intake import Accepted, Intake, Reader, read_native
+from worker.intake import Accepted, Intake
 from worker.qsc import QualityLimits, Safeguard
 from worker.voting import Seat, Stopwatch, VotingStage
 
@@ -77,7 +78,7 @@ class Pipeline:
         warmup_bars: Mapping[str, int] | None = None,
         window_capacity: int = 64,
         quality: Mapping[str, QualityLimits] | None = None,
-        reader: Reader = read_native,
+        reader: FormatReader | None = None,
         several_keys: bool = False,
     ) -> None:
         self.quorum = quorum

@@ -1,0 +1,54 @@
+"""An entry's plain values before anybody knows which format they are in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from streams.validation import BadBarError, check_size, read_flat, read_json
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """`value` is the JSON in the entry, or its flat fields; `beside` are the fields around the JSON."""
+
+    value: Mapping[str, Any] | list[Any]
+    beside: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def mapping(self) -> Mapping[str, Any]:
+        """The value as an object; empty where it is a list."""
+        return self.value if isinstance(self.value, Mapping) else {}
+
+    @property
+    def rows(self) -> list[list[Any]]:
+        """The value as rows of a table: one row stands for itself; empty where it is neither."""
+        value = self.value
+        if not isinstance(value, list) or not value:
+            return []
+        rows = value if isinstance(value[0], list) else [value]
+        return rows if all(isinstance(row, list) for row in rows) else []
+
+
+def read_document(fields: Mapping[bytes, bytes]) -> Document:
+    """The JSON in `data`, else in the only field that holds any, else the flat fields.
+
+    Raises `BadBarError` with `oversize`, `encoding` or `type`.
+    """
+    check_size(fields)
+    name = _json_field(fields)
+    if name is None:
+        return Document(read_flat(fields))
+    value = read_json(fields[name])
+    if not isinstance(value, dict | list):
+        raise BadBarError("type", f"{name.decode(errors='replace')} is a JSON {type(value).__name__}")
+    rest = {k: v for k, v in fields.items() if k != name}
+    return Document(value, read_flat(rest) if rest else {})
+
+
+def _json_field(fields: Mapping[bytes, bytes]) -> bytes | None:
+    if b"data" in fields:
+        return b"data"
+    candidates = [name for name, value in fields.items() if value[:1] in (b"{", b"[")]
+    return candidates[0] if len(candidates) == 1 else None

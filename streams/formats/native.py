@@ -1,0 +1,20 @@
+"""The native bars: flat fields, or one field `data` with the same as a JSON object."""
+
+from __future__ import annotations
+
+from streams.formats.document import Document
+from streams.validation import Raw
+
+NAME = "native"
+SHAPE = "symbol, ts, open, high, low, close, volume"
+_PRICES = ("open", "high", "low", "close", "volume")
+
+
+def recognises(document: Document) -> bool:
+    """By `ts`; without it, by a symbol beside prices, so that the reject names the missing field."""
+    value = document.mapping
+    return "ts" in value or ("start" not in value and "symbol" in value and any(name in value for name in _PRICES))
+
+
+def read(document: Document) -> list[Raw]:
+    return [document.mapping]
