@@ -67,7 +67,7 @@ class Metrics:
         self._state = gauge("state", "1 for the state an agent is in, 0 for the others", "state")
         self._info = gauge("info", "The artifact in use, always 1", "version", "contract", "sha256")
         self._weight = gauge("weight", "Weight of an agent's vote", "kind")
-        self._top_action = gauge("top_action_ratio", "Share of the most frequent action among recent votes")
+        self._top_action = gauge("top_action_ratio", "Share of BUY or of SELL, the larger, among recent votes")
         self._hold = gauge("hold_ratio", "Share of HOLD among recent votes")
         self._stddev = gauge("confidence_stddev", "Standard deviation of the confidence of recent votes")
         self._range = gauge("confidence_p10_p90_range", "Range from the 10th to the 90th percentile of the confidence")

@@ -102,10 +102,10 @@ class Sensors:
             if quality.votes:
                 self.metrics.quality(
                     report.agent,
-                    top_action=quality.top_action_ratio,
-                    hold=quality.hold_ratio,
-                    stddev=quality.confidence_stddev,
-                    p10_p90=quality.confidence_p10_p90_range,
+                    top_action=quality.figures[Reason.ACTION_COLLAPSE],
+                    hold=quality.figures[Reason.DEAD_ZONE],
+                    stddev=quality.figures[Reason.FLAT_CONFIDENCE],
+                    p10_p90=quality.figures[Reason.NARROW_RANGE],
                 )
 
     def inputs(self, position: Position, facts: Mapping[str, StreamFacts]) -> None:

@@ -1,0 +1,240 @@
+"""The compiled part of the safeguard: one agent's window, counted and judged attempt by attempt.
+
+Everything is exact: shares are integer counts, quantiles are read from the confidences kept in order,
+the deviation takes two passes over them. No cost depends on anything but the window.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker.features.kernel import compiled
+
+CRITERIA = 9
+"""Figures and limits of an agent stand in the order of `worker.qsc.CRITERIA`."""
+KINDS = 7
+"""What an attempt came to: SELL, HOLD, BUY, then one of the failures behind an abstention."""
+OUTPUTS = 12
+READMISSIONS = 3
+CONSTANT = 1e-9
+DAY_MS = 86_400_000
+
+# Places in the integers of an agent's state.
+HELD = 0
+COUNTS = 1
+NON_FINITE_RUN = COUNTS + KINDS
+CONSTANT_RUN = NON_FINITE_RUN + 1
+FINGERPRINT = CONSTANT_RUN + 1
+STATUS = FINGERPRINT + 1
+REASON = STATUS + 1
+FRESH = REASON + 1
+LOCKED = FRESH + 1
+READMITTED = LOCKED + 1
+INTEGERS = READMITTED + READMISSIONS
+
+CLEAR, MUTED, OPERATOR = 0, 1, 2
+"""Values of `STATUS`: not muted, muted by a criterion, muted by an operator."""
+MUTE, READMIT, LOCK = 1, 2, 3
+"""Transitions: muted now, re-admitted now, would be re-admitted but only an operator may now."""
+
+_RUNS = (1 << 4) | (1 << 5)
+"""The criteria that are runs: they leave no trace in the window, so each starts the fresh window over."""
+
+
+@compiled
+def _insert(ordered: NDArray[np.float64], n: int, value: float) -> None:
+    """Insert into the first `n`, which ascend."""
+    place = n
+    while place > 0 and ordered[place - 1] > value:
+        ordered[place] = ordered[place - 1]
+        place -= 1
+    ordered[place] = value
+
+
+@compiled
+def _remove(ordered: NDArray[np.float64], n: int, value: float) -> None:
+    """Remove one `value` from the first `n`, which ascend."""
+    for i in range(np.searchsorted(ordered[:n], value), n - 1):
+        ordered[i] = ordered[i + 1]
+
+
+@compiled
+def _quantile(ordered: NDArray[np.float64], n: int, q: float) -> float:
+    """Linear between the two nearest of the first `n`, as numpy's default."""
+    at = q * (n - 1)
+    low = int(at)
+    high = min(low + 1, n - 1)
+    return float(ordered[low] + (ordered[high] - ordered[low]) * (at - low))
+
+
+@compiled
+def _deviation(values: NDArray[np.float64], n: int) -> float:
+    """Standard deviation of the first `n`, with n - 1 in the denominator; 0 of a single one."""
+    mean = 0.0
+    for i in range(n):
+        mean += values[i]
+    mean /= n
+    total = 0.0
+    for i in range(n):
+        total += (values[i] - mean) ** 2
+    return float(np.sqrt(total / (n - 1))) if n > 1 else 0.0
+
+
+@compiled
+def votes_in(ints: NDArray[np.int64]) -> int:
+    return int(ints[COUNTS] + ints[COUNTS + 1] + ints[COUNTS + 2])
+
+
+@compiled
+def measure(ints: NDArray[np.int64], ordered: NDArray[np.float64], figures: NDArray[np.float64]) -> None:
+    """The figure of each criterion `[9]`; NaN where there is nothing to take it from."""
+    votes, held = votes_in(ints), ints[HELD]
+    figures[:] = np.nan
+    if votes > 0:
+        figures[0] = max(ints[COUNTS], ints[COUNTS + 2]) / votes
+        figures[1] = ints[COUNTS + 1] / votes
+        figures[2] = _deviation(ordered, votes)
+        figures[3] = _quantile(ordered, votes, 0.9) - _quantile(ordered, votes, 0.1)
+        figures[4] = ints[CONSTANT_RUN]
+    if held > 0:
+        figures[5] = ints[NON_FINITE_RUN]
+        for failure in range(3):
+            figures[6 + failure] = ints[COUNTS + 4 + failure] / held
+
+
+@compiled
+def violations(ints: NDArray[np.int64], figures: NDArray[np.float64], limits: NDArray[np.float64], minimum: int) -> int:
+    """Which criteria are violated, as bits in their order."""
+    found = 0
+    if votes_in(ints) >= minimum:
+        if figures[0] > limits[0]:
+            found |= 1 << 0
+        if figures[1] > limits[1]:
+            found |= 1 << 1
+        if figures[2] < limits[2]:
+            found |= 1 << 2
+        if figures[3] < limits[3]:
+            found |= 1 << 3
+        if figures[4] >= limits[4]:
+            found |= 1 << 4
+    if figures[5] >= limits[5]:
+        found |= 1 << 5
+    if ints[HELD] >= minimum:
+        for place in range(6, CRITERIA):
+            if figures[place] > limits[place]:
+                found |= 1 << place
+    return found
+
+
+@compiled
+def clear(ints: NDArray[np.int64]) -> None:
+    """Start with an empty window; what was decided stays."""
+    ints[: CONSTANT_RUN + 1] = 0
+    ints[FRESH] = 0
+
+
+@compiled
+def _count_constant(
+    ints: NDArray[np.int64], first: NDArray[np.float64], outputs: NDArray[np.float64], changed: bool
+) -> None:
+    """How many votes in a row, each on other inputs than the one before, had the outputs of their first."""
+    same = ints[CONSTANT_RUN] > 0
+    for k in range(outputs.size):
+        if abs(outputs[k] - first[k]) > CONSTANT:
+            same = False
+    if not same:
+        ints[CONSTANT_RUN] = 1
+        first[: outputs.size] = outputs
+    elif changed:
+        ints[CONSTANT_RUN] += 1
+
+
+@compiled
+def _drop_oldest(ints: NDArray[np.int64], ordered: NDArray[np.float64], kind: int, confidence: float) -> None:
+    if kind < 3:
+        _remove(ordered, votes_in(ints), confidence)
+    ints[COUNTS + kind] -= 1
+    ints[HELD] -= 1
+
+
+@compiled
+def watch(
+    kinds: NDArray[np.int64],
+    confidence: NDArray[np.float64],
+    outputs: NDArray[np.float64],
+    fingerprints: NDArray[np.int64],
+    ts: NDArray[np.int64],
+    limits: NDArray[np.float64],
+    minimum: int,
+    counter: NDArray[np.int64],
+    ring_kinds: NDArray[np.int64],
+    ring_confidence: NDArray[np.float64],
+    ordered: NDArray[np.float64],
+    ints: NDArray[np.int64],
+    first: NDArray[np.float64],
+    verdicts: NDArray[np.int64],
+    figures: NDArray[np.float64],
+) -> None:
+    """One agent's attempts in order; a kind of -1 is no attempt.
+
+    The window (from `counter` to `first`) is changed; `verdicts` `[N, 5]` are filled with status,
+    reason, transition, violations and votes in the window, `figures` `[N, 9]` where there was an attempt.
+    """
+    window = ring_kinds.size
+    for i in range(kinds.size):
+        transition = found = 0
+        if kinds[i] >= 0:
+            slot = counter[0] % window
+            if ints[HELD] == window:
+                _drop_oldest(ints, ordered, ring_kinds[slot], ring_confidence[slot])
+            ring_kinds[slot] = kinds[i]
+            ring_confidence[slot] = confidence[i]
+            counter[0] += 1
+            if kinds[i] < 3:
+                _insert(ordered, votes_in(ints), confidence[i])
+                _count_constant(ints, first, outputs[i], fingerprints[i] != ints[FINGERPRINT])
+            ints[COUNTS + kinds[i]] += 1
+            ints[HELD] += 1
+            ints[NON_FINITE_RUN] = ints[NON_FINITE_RUN] + 1 if kinds[i] == 3 else 0
+            ints[FINGERPRINT] = fingerprints[i]
+            measure(ints, ordered, figures[i])
+            found = violations(ints, figures[i], limits, minimum)
+            transition = _decide(ints, found, ts[i], window)
+        verdicts[i, 0] = ints[STATUS]
+        verdicts[i, 1] = ints[REASON]
+        verdicts[i, 2] = transition
+        verdicts[i, 3] = found
+        verdicts[i, 4] = votes_in(ints)
+
+
+@compiled
+def _decide(ints: NDArray[np.int64], found: int, ts: int, window: int) -> int:
+    """Mute, re-admit or leave things as they are."""
+    ints[FRESH] = 0 if found & _RUNS else ints[FRESH] + 1
+    if ints[STATUS] == CLEAR and found:
+        ints[STATUS] = MUTED
+        ints[FRESH] = 0
+        reason = 0
+        while not found & (1 << reason):
+            reason += 1
+        ints[REASON] = reason
+        return MUTE
+    if ints[STATUS] == MUTED and ints[FRESH] >= window and not found and not ints[LOCKED]:
+        return _readmit(ints, ts)
+    return 0
+
+
+@compiled
+def _readmit(ints: NDArray[np.int64], ts: int) -> int:
+    """Re-admit, unless that happened three times within the last day of the bars' clock."""
+    oldest = READMITTED
+    for place in range(READMITTED, INTEGERS):
+        if ints[place] < ints[oldest]:
+            oldest = place
+    if ints[oldest] != 0 and ts - ints[oldest] < DAY_MS:
+        ints[LOCKED] = 1
+        return LOCK
+    ints[oldest] = ts
+    ints[STATUS] = CLEAR
+    return READMIT
