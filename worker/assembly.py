@@ -14,6 +14,8 @@ from structlog.typing import FilteringBoundLogger
 from agents.artifacts import Loading, LoadOptions, load_agent
 from streams import embedded
 from streams.codec import StateCorruptError
+from streams.formats import FormatReader, InputRule
+from streams.inputs import Inputs
 from streams.keys import Keys
 from streams.redis import RedisStore, check_server, connect
 from streams.validation import Limits
@@ -40,6 +42,14 @@ def limits_of(settings: Settings) -> Limits:
         max_bar_age_intervals=settings.max_bar_age_intervals,
         frozen_bars=settings.frozen_bars,
         jump_ratio=settings.jump_ratio,
+    )
+
+
+def rules_of(settings: Settings) -> tuple[InputRule, ...]:
+    """What some inputs do not say themselves, from the settings."""
+    return tuple(
+        InputRule(pattern, said.get("symbol"), said.get("interval"), said.get("closed"), said.get("prefix", ""))
+        for pattern, said in settings.inputs.items()
     )
 
 

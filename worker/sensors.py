@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -108,8 +108,15 @@ class Sensors:
                     p10_p90=quality.figures[Reason.NARROW_RANGE],
                 )
 
-    def inputs(self, position: Position, facts: Mapping[str, StreamFacts]) -> None:
-        """Lag and length of the inputs."""
+    def inputs(
+        self, position: Position, facts: Mapping[str, StreamFacts], label: Callable[[str], str] = lambda key: key
+    ) -> None:
+        """Lag and length of the inputs, summed over the keys of one `label`."""
+        lags: Counter[str] = Counter()
+        lengths: Counter[str] = Counter()
         for key, fact in facts.items():
-            self.metrics.lag(key, max(0, fact.added - position.inputs[key].consumed))
-            self.metrics.length(key, fact.length)
+            lags[label(key)] += max(0, fact.added - position.inputs[key].consumed)
+            lengths[label(key)] += fact.length
+        for name, lag in lags.items():
+            self.metrics.lag(name, lag)
+            self.metrics.length(name, lengths[name])

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from structlog.typing import FilteringBoundLogger
 
 from agents.artifacts import Loading
+from streams.inputs import REFRESH_S, Inputs
 from streams.keys import Keys
 from streams.messages import AgentState, Entry, Event
 from streams.redis import with_baseline
@@ -54,6 +55,8 @@ class MarkingStore(Store, Protocol):
     def lengths(self, keys: Sequence[str]) -> dict[str, int]: ...
 
 
+    def find(self, pattern: str) -> Mapping[str, str]: ...
+
 @dataclass
 class Options:
     """How one run differs from another. `until_idle_s` None runs until it is stopped."""
@@ -84,6 +87,7 @@ class Worker:
         self.settings = settings
         self.keys = Keys(settings.namespace)
         self.store = store
+        self.inputs = Inputs(settings.input_keys, settings.namespace)
         self.sensors = sensors
         self.status = status
         self.log = log
@@ -98,6 +102,7 @@ class Worker:
         self._idle_since: float | None = None
         self._levels_at = 0.0
 
+        self._looked_at: float | None = None
     # ------------------------------------------------------------------ the loop
 
     def run(self, lease: LeaseKeeper) -> None:
@@ -143,7 +148,10 @@ class Worker:
 
     def _idle(self) -> None:
         self._idle_since = self._idle_since or time.monotonic()
-        self._reaching(lambda: self.store.wait(self.position, self.settings.input_keys, WAIT_S))
+        if self.inputs.keys:
+            self._reaching(lambda: self.store.wait(self.position, self.inputs.keys, WAIT_S))
+        else:
+            self.options.stop.wait(WAIT_S)
 
     # ------------------------------------------------------------------ owning and recovering
 
@@ -255,7 +263,10 @@ class Worker:
     def _read(self) -> Batch:
         """The next batch, at most one entry while a crash is being approached again."""
         count = 1 if self._cautious else self.settings.batch_size
-        keys = self.settings.input_keys
+        self._look_for_inputs()
+        keys = self.inputs.keys
+        if not keys:
+            return Batch((), {})
         with self.sensors.stopwatch("read"):
             try:
                 batch: Batch = self._reaching(lambda: self.store.read(self.position, keys, count))
@@ -268,6 +279,20 @@ class Worker:
 
     def _process(self, entries: Sequence[Entry]) -> None:
         poison = self._approach(entries)
+    def _look_for_inputs(self) -> None:
+        """Every few seconds, the keys that match a pattern; new ones get a position in the next commit."""
+        now = time.monotonic()
+        if not self.inputs.patterns or (self._looked_at is not None and now - self._looked_at < REFRESH_S):
+            return
+        first, self._looked_at = self._looked_at is None, now
+        change = self._reaching(lambda: self.inputs.refresh(self.store.find))
+        for key in change.new:
+            self.log.info("reading", key=key)
+        for key, kind in change.skipped.items():
+            self.log.warning("not read: the key matches a pattern but is no stream", key=key, type=kind)
+        if first and not self.inputs.keys:
+            self.log.warning("no stream matches yet; waiting for one", pattern=", ".join(self.inputs.patterns))
+
         result = self.pipeline.process(entries, self.options.now_ms(), poison=poison, stopwatch=self.sensors.stopwatch)
         position = self.position.advanced(entries, self.pipeline.intake.ids.last)
         with self.sensors.stopwatch("pack"):
@@ -390,7 +415,7 @@ class Worker:
         if now - self._levels_at < LEVELS_EVERY_S:
             return
         self._levels_at = now
-        self.sensors.inputs(self.position, batch.facts)
+        self.sensors.inputs(self.position, batch.facts, self.inputs.label)
         outputs: Mapping[str, str] = {
             "features": self.keys.features,
             **{f"votes:{agent}": self.keys.votes(agent) for agent in self.settings.agents},

@@ -15,7 +15,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -25,6 +33,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from typing_extensions import TypedDict
 from streams.contracts import FEATURE_SETS
 from streams.keys import DEFAULT_NAMESPACE, Keys
 from streams.messages import AGENTS
@@ -82,11 +91,31 @@ Frozen = AfterValidator(MappingProxyType)
 class Settings(BaseSettings):
     """Every setting with its default. Immutable; unknown names are refused."""
 
+def _of_the_form(interval: str) -> str:
+    if not _INTERVAL.fullmatch(interval):
+        raise ValueError("expected a number with s, m, h or d, such as 1m")
+    return interval
+
+
+class InputSetting(TypedDict, total=False):
+    """What the entries of one key, or of the keys of one pattern, do not say themselves."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
+    symbol: str
+    interval: Annotated[str, AfterValidator(_of_the_form)]
+    closed: Literal["flag", "next", "always"]
+    prefix: str
+
+
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid")
 
     redis: str = Field(EMBEDDED, description="server URL, or `embedded` for the one of the state directory")
     namespace: str = Field(DEFAULT_NAMESPACE, description="what every key begins with")
-    bars: Names = Field((), description="input keys; the namespace's own bars key unless set")
+    bars: Names = Field((), description="input keys and patterns; the namespace's own bars key unless set")
+    inputs: Annotated[Mapping[str, InputSetting], Frozen] = Field(
+        default_factory=dict, description="per key or pattern: symbol, interval, closed, prefix; see docs/feeds.md"
+    )
     models: Path = Field(Path("models"), description="directory of the artifacts")
     state_dir: Path = Field(Path(".quartet"), description="directory of the embedded server and of caches")
 

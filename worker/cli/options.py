@@ -75,3 +75,16 @@ def _with_shared(command: Callable[..., Any], name: str, make: Callable[[dict[st
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapper
+
+
+Bars = Annotated[
+    list[str] | None,
+    typer.Option("--bars", metavar="KEY", help="Input key or pattern, such as 'candles-BINANCE-*'; may be repeated."),
+]
+"""The flag of every command that reads bars from streams; `reading` puts it into the settings."""
+
+
+def reading(settings: Any, bars: list[str] | None) -> Any:
+    """`settings` with the input keys of the flag, where it was given; commas separate keys too."""
+    keys = tuple(key.strip() for part in bars or () for key in part.split(",") if key.strip())
+    return settings.model_copy(update={"bars": keys}) if keys else settings

@@ -7,13 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from worker.cli.options import with_settings
+from worker.cli.options import Bars, reading, with_settings
 from worker.settings import Settings
 
 
 @with_settings
 def run(
     settings: Settings,
+    bars: Bars = None,
     until_idle: Annotated[
         float | None,
         typer.Option("--until-idle", metavar="SECONDS", min=0, help="Stop once the input was silent this long."),
@@ -37,4 +38,4 @@ def run(
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    serve(settings, options, make_logger(settings.log_level))
+    serve(reading(settings, bars), options, make_logger(settings.log_level))

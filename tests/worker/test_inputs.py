@@ -1,0 +1,49 @@
+"""`--bars` with several keys and patterns: on real servers, through the worker's own loop."""
+
+from __future__ import annotations
+
+import redis
+
+from streams.inputs import Inputs
+from streams.keys import Keys
+from streams.redis import RedisStore, connect
+
+KINDS = {"candles-A": "stream", "candles-B": "zset", "n:features": "stream", "n:bars": "stream"}
+
+
+def test_a_pattern_takes_streams_alone_and_tells_once_of_what_is_none():
+    inputs = Inputs(["candles-*"], "n")
+    find = {"candles-A": "stream", "candles-B": "zset"}
+    first, second = inputs.refresh(lambda _: find), inputs.refresh(lambda _: find)
+    assert inputs.keys == ("candles-A",)
+    assert (first.new, dict(first.skipped)) == (("candles-A",), {"candles-B": "zset"})
+    assert (second.new, dict(second.skipped)) == ((), {})
+
+
+def test_a_pattern_never_takes_the_outputs_of_its_own_namespace():
+    inputs = Inputs(["*"], "n")
+    inputs.refresh(lambda _: KINDS)
+    assert inputs.keys == ("candles-A", "n:bars")
+
+
+def test_a_key_that_was_read_stays_also_while_it_is_gone():
+    inputs = Inputs(["x", "c*"], "n")
+    inputs.refresh(lambda _: {"c1": "stream"})
+    inputs.refresh(lambda _: {"c2": "stream"})
+    assert inputs.keys == ("x", "c1", "c2")
+
+
+def test_keys_of_one_pattern_share_a_metric_label():
+    inputs = Inputs(["x", "c*"], "n")
+    assert [inputs.label(key) for key in ("x", "c1", "c2")] == ["x", "c*", "c*"]
+    assert inputs.several
+    assert not Inputs(["x"], "n").several
+
+
+def test_the_look_up_finds_keys_by_glob_with_their_types(server: str, namespace: str):
+    client = redis.Redis.from_url(server)
+    client.xadd(f"{namespace}-a1", {"x": 1})
+    client.zadd(f"{namespace}-a2", {"x": 1})
+    client.set(f"{namespace}-b".encode() + b"\xff", 1)
+    found = RedisStore(connect(server), Keys(namespace)).find(f"{namespace}-*")
+    assert found == {f"{namespace}-a1": "stream", f"{namespace}-a2": "zset"}
