@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from streams.messages import Action, AgentState, Reason
 from worker.batches import STATE_CODE
-from worker.qsc import CRITERIA, FAILURES, QualityLimits, Safeguard, Watched, kind_of
+from worker.qsc import FAILURES, Safeguard, Watched, kind_of
+from worker.quality import CRITERIA, QualityLimits
 
 Outcome = Literal["PASS", "FAIL", "INSUFFICIENT"]
 

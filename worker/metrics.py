@@ -23,14 +23,14 @@ from prometheus_client.utils import floatToGoString
 
 from streams.messages import AGENTS, Action, AgentState, Reason, Status
 from streams.validation import REASONS
-from worker import qsc
+from worker import quality
 from worker.intake import FLAGS, OUTCOMES
 
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 STAGES = ("read", "intake", "features", "agents", "safeguard", "consensus", "pack", "commit")
 COMMIT_RESULTS = ("ok", "fenced", "unavailable", "lost_reply", "out_of_memory", "read_only", "error")
-CRITERIA = tuple(str(criterion) for criterion in qsc.CRITERIA)
+CRITERIA = tuple(str(criterion) for criterion in quality.CRITERIA)
 ENSEMBLE = ("configured", "loaded", "eligible", "voting")
 WEIGHTS = ("configured", "effective")
 CANARY = "_canary"

@@ -18,65 +18,15 @@ from streams.messages import AGENTS, Action, AgentState, Bar, Event, Reason
 from worker import qsc_kernel as kernel
 from worker.batches import STATE_CODE, Ballot, Vectors
 from worker.features.packing import SeriesStore
+from worker.quality import CRITERIA, WINDOW, QualityLimits
 
-WINDOW = 500
 CANARY = "_canary"
-
-CRITERIA = (
-    Reason.ACTION_COLLAPSE,
-    Reason.DEAD_ZONE,
-    Reason.FLAT_CONFIDENCE,
-    Reason.NARROW_RANGE,
-    Reason.CONSTANT_OUTPUT,
-    Reason.NON_FINITE_OUTPUT,
-    Reason.ERROR_RATE,
-    Reason.DEADLINE_MISSED,
-    Reason.STALE,
-)
-"""What an agent can be muted for, in the order in which the first that applies is the reason."""
 
 FAILURES = CRITERIA[5:]
 """The reasons of abstentions that are attempts; `insufficient_history` is none."""
 _FAILURE_KIND = {str(reason): 3 + place for place, reason in enumerate(FAILURES)}
 _JUDGED = [STATE_CODE[s] for s in (AgentState.ACTIVE, AgentState.CANARY, AgentState.SHADOW, AgentState.MUTED)]
 _WEIGHTED = [STATE_CODE[s] for s in (AgentState.ACTIVE, AgentState.CANARY)]
-
-
-@dataclass(frozen=True, slots=True)
-class QualityLimits:
-    """When votes are degenerate. Shares are of the window; `minimum` is the least that is judged.
-
-    Violated is: an action, HOLD or failure share above its limit, a deviation or range of confidence
-    below it, a run of its length. `constant_run` counts votes in a row with the same outputs,
-    `non_finite_run` attempts in a row that gave none (needs no minimum: each of them abstained).
-    `shadow_probation`: under the minimum an agent is recorded but has no weight.
-    """
-
-    minimum: int = 200
-    action_share: float = 0.70
-    hold_share: float = 0.85
-    confidence_stddev: float = 0.05
-    confidence_range: float = 0.12
-    constant_run: int = 200
-    non_finite_run: int = 20
-    error_share: float = 0.05
-    deadline_share: float = 0.05
-    stale_share: float = 0.05
-    shadow_probation: bool = False
-
-    def of(self, criterion: Reason) -> float:
-        """The limit of one of `CRITERIA`."""
-        return float(self.array()[CRITERIA.index(criterion)])
-
-    def array(self) -> NDArray[np.float64]:
-        """The limits `[9]` in the order of `CRITERIA`."""
-        return np.array(
-            [
-                *(self.action_share, self.hold_share, self.confidence_stddev, self.confidence_range),
-                *(self.constant_run, self.non_finite_run, self.error_share, self.deadline_share, self.stale_share),
-            ],
-            np.float64,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +119,7 @@ class Safeguard:
         before = int(record["count"][0])
         kernel.watch(
             *(kinds, np.ascontiguousarray(confidence), np.ascontiguousarray(outputs), fingerprints, ts),
-            *(limits.array(), limits.minimum),
+            *(np.array(limits.by_criterion()), limits.minimum),
             *(record["count"], self._store.ring["kind"][row], self._store.ring["confidence"][row]),
             *(self._ordered[row], record["ints"][0], record["first"][0]),
             *(verdicts, figures),
@@ -183,7 +133,7 @@ class Safeguard:
         limits = self.limits(ballot.agent)
         weighted = np.isin(ballot.state, _WEIGHTED)
         muted = weighted & (seen.status != kernel.CLEAR)
-        probation = weighted & ~muted & limits.shadow_probation & (seen.votes < limits.minimum)
+        probation = weighted & ~muted & (limits.probation == "shadow") & (seen.votes < limits.minimum)
         state = np.where(muted, STATE_CODE[AgentState.MUTED], ballot.state)
         state = np.where(probation, STATE_CODE[AgentState.SHADOW], state)
         reasons = list(ballot.reason)
@@ -199,7 +149,7 @@ class Safeguard:
         if ints[kernel.STATUS] != kernel.CLEAR:
             return AgentState.MUTED, _why(ints[kernel.STATUS], ints[kernel.REASON])
         limits = self.limits(agent)
-        if limits.shadow_probation and kernel.votes_in(ints) < limits.minimum:
+        if limits.probation == "shadow" and kernel.votes_in(ints) < limits.minimum:
             return AgentState.SHADOW, None
         return state, None
 
@@ -213,7 +163,7 @@ class Safeguard:
             attempts=int(ints[kernel.HELD]),
             votes=votes,
             figures=dict(zip(CRITERIA, figures.tolist(), strict=True)),
-            violations=criteria_of(kernel.violations(ints, figures, limits.array(), limits.minimum)),
+            violations=criteria_of(kernel.violations(ints, figures, np.array(limits.by_criterion()), limits.minimum)),
             sufficient=votes >= limits.minimum,
         )
 

@@ -11,6 +11,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -32,12 +33,14 @@ from pydantic_settings import (
     SettingsConfigDict,
     SettingsError,
 )
-
 from typing_extensions import TypedDict
+
+from agents.sidecars import DEFAULT_RESIDUAL_STD, DEFAULT_THRESHOLD
 from streams.contracts import FEATURE_SETS
 from streams.keys import DEFAULT_NAMESPACE, Keys
 from streams.messages import AGENTS
 from worker.errors import UsageError
+from worker.quality import QualityLimits, read_limits
 
 EMBEDDED = "embedded"
 PREFIX = "QUARTET_"
@@ -77,8 +80,8 @@ def _overrides(defaults: Mapping[str, Any]) -> BeforeValidator:
 
 _DEFAULT_WEIGHTS = MappingProxyType({"xgboost": 0.30, "lightgbm": 0.30, "nhits": 0.20, "patchtst": 0.20})
 _DEFAULT_WARMUP = MappingProxyType({name: s.warmup_bars for name, s in FEATURE_SETS.items()})
-_DEFAULT_THRESHOLD = MappingProxyType(dict.fromkeys(AGENTS, 0.001))
-_DEFAULT_RESIDUAL = MappingProxyType(dict.fromkeys(AGENTS, 0.01))
+_DEFAULT_THRESHOLD = MappingProxyType(dict.fromkeys(AGENTS, DEFAULT_THRESHOLD))
+_DEFAULT_RESIDUAL = MappingProxyType(dict.fromkeys(AGENTS, DEFAULT_RESIDUAL_STD))
 
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 AgentNames = Annotated[Names, AfterValidator(_known_agents)]
@@ -87,9 +90,6 @@ Weight = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Frozen = AfterValidator(MappingProxyType)
 
-
-class Settings(BaseSettings):
-    """Every setting with its default. Immutable; unknown names are refused."""
 
 def _of_the_form(interval: str) -> str:
     if not _INTERVAL.fullmatch(interval):
@@ -107,6 +107,9 @@ class InputSetting(TypedDict, total=False):
     closed: Literal["flag", "next", "always"]
     prefix: str
 
+
+class Settings(BaseSettings):
+    """Every setting with its default. Immutable; unknown names are refused."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid")
 
@@ -156,6 +159,13 @@ class InputSetting(TypedDict, total=False):
     frozen_bars: int = Field(30, ge=2, description="equal bars in a row that are flagged `frozen`")
     jump_ratio: Positive = Field(0.5, description="change of the close that is flagged `jump`; 0.5 is 50 %")
 
+    probation: Literal["vote", "shadow"] = Field(
+        "vote", description="whether votes of an agent with too few to judge count, or are only recorded"
+    )
+    quality: Annotated[Mapping[str, QualityLimits], BeforeValidator(read_limits), Frozen] = Field(
+        default_factory=dict, description="limits of degenerate votes, for all agents and in tables of single ones"
+    )
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -166,6 +176,14 @@ class InputSetting(TypedDict, total=False):
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _probation_is_a_limit_of_all(cls, values: Any) -> Any:
+        given = values.get("quality") or {}
+        if "probation" not in values or not isinstance(given, Mapping):
+            return values
+        return {**values, "quality": {"probation": values["probation"], **given}}
 
     @property
     def input_keys(self) -> tuple[str, ...]:
@@ -236,7 +254,9 @@ def mask(url: str) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return dict(value)
+        return {name: _plain(entry) for name, entry in value.items()}
+    if isinstance(value, QualityLimits):
+        return asdict(value)
     if isinstance(value, tuple):
         return list(value)
     return str(value) if isinstance(value, Path) else value
@@ -267,12 +287,18 @@ def resolve(sources: tuple[Layer, ...]) -> Settings:
     for _, values in reversed(sources):
         for name, value in values.items():
             below = merged.get(name)
-            both = isinstance(below, Mapping) and isinstance(value, Mapping)
-            merged[name] = {**below, **value} if both and below is not None else value
+            merged[name] = _over(below, value)
     try:
         return Settings(**merged)
     except ValidationError as error:
         raise UsageError("; ".join(_explain(e, sources) for e in error.errors(include_url=False))) from None
+
+
+def _over(below: Any, value: Any) -> Any:
+    """`value` in place of `below`; of two tables, entry by entry."""
+    if not (isinstance(below, Mapping) and isinstance(value, Mapping)):
+        return value
+    return {**below, **{name: _over(below.get(name), entry) for name, entry in value.items()}}
 
 
 def _explain(error: Any, sources: tuple[Layer, ...]) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from streams.messages import Reason
 from worker.gate import judge
-from worker.qsc import CRITERIA, QualityLimits
+from worker.quality import CRITERIA, QualityLimits
 
 FOLDER = Path(__file__).parent.parent / "replay" / "quality"
 spec = importlib.util.spec_from_file_location("make_quality_recordings", FOLDER / "make.py")

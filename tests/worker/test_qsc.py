@@ -14,7 +14,8 @@ from streams.codec import StateCorruptError
 from streams.messages import Action, AgentState, Bar, Reason
 from worker.batches import STATE_CODE, STATES, Ballot, Vectors
 from worker.intake import Accepted
-from worker.qsc import CRITERIA, QualityLimits, Safeguard, criteria_of
+from worker.qsc import Safeguard, criteria_of
+from worker.quality import CRITERIA, QualityLimits
 
 DAY_MS = 86_400_000
 T0 = 1_767_225_600_000
@@ -60,7 +61,7 @@ class Naive:
         if self.muted:
             return "muted"
         votes = [r for r, _ in self.attempts[-self.window :] if r[0] is not Action.ABSTAIN]
-        return "shadow" if self.limits.shadow_probation and len(votes) < self.limits.minimum else "active"
+        return "shadow" if self.limits.probation == "shadow" and len(votes) < self.limits.minimum else "active"
 
     def _reason(self, row: Row) -> str | None:
         return row[3] if row[0] is Action.ABSTAIN else self.muted
@@ -189,7 +190,7 @@ def run(
 def test_every_row_and_every_transition_are_the_naive_ones(
     segments: list[tuple[str, int]], seed: int, sizes: list[int], restarts: set[int], step_ms: int, shadow: bool
 ) -> None:
-    limits = QualityLimits(minimum=15, constant_run=12, non_finite_run=7, shadow_probation=shadow)
+    limits = QualityLimits(minimum=15, constant_run=12, non_finite_run=7, probation="shadow" if shadow else "vote")
     window = 40
     rows = [row for place, (style, n) in enumerate(segments) for row in rows_of(style, n, seed + place)]
     ts = [T0 + i * step_ms for i in range(len(rows))]
@@ -317,7 +318,7 @@ def test_another_model_under_the_name_starts_anew() -> None:
 def test_under_200_votes_an_agent_votes_or_is_in_the_shadow_as_set() -> None:
     rows = rows_of("healthy", 210, 1)
     assert set(states_of(Safeguard(), rows)[0]) == {"active"}
-    shadowed = Safeguard({"nhits": QualityLimits(shadow_probation=True)})
+    shadowed = Safeguard({"nhits": QualityLimits(probation="shadow")})
     assert states_of(shadowed, rows[:150])[0] == ["shadow"] * 150
     assert shadowed.status("nhits", AgentState.ACTIVE) == (AgentState.SHADOW, None)
     assert states_of(shadowed, rows[150:], start=T0 + DAY_MS)[0] == ["shadow"] * 49 + ["active"] * 11

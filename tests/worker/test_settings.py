@@ -215,3 +215,42 @@ def test_a_secret_from_two_places_or_from_no_file_is_an_error(monkeypatch: pytes
 def test_every_setting_has_a_description_or_speaks_for_itself() -> None:
     silent = {name for name, field in Settings.model_fields.items() if not field.description}
     assert silent <= {"log_level"}
+
+
+def test_limits_of_quality_are_for_all_agents_and_an_agents_own_table_replaces_single_ones(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (elsewhere / "quartet.toml").write_text(
+        'probation = "shadow"\n[quality]\naction_share = 0.8\nminimum = 300\n[quality.nhits]\naction_share = 0.9\n'
+    )
+    monkeypatch.setenv("QUARTET_QUALITY__NHITS__PROBATION", "vote")
+    monkeypatch.setenv("QUARTET_QUALITY__HOLD_SHARE", "0.6")
+    found = load().quality
+    assert set(found) == set(AGENTS)
+    assert (found["xgboost"].action_share, found["nhits"].action_share) == (0.8, 0.9)
+    assert (found["xgboost"].minimum, found["nhits"].minimum, found["nhits"].hold_share) == (300, 300, 0.6)
+    assert (found["xgboost"].probation, found["nhits"].probation) == ("shadow", "vote")
+    assert load().describe()["quality"]["nhits"]["action_share"] == 0.9
+
+
+def test_unless_set_the_limits_are_the_documented_ones() -> None:
+    limits = Settings().quality["patchtst"]
+    assert (limits.minimum, limits.action_share, limits.hold_share) == (200, 0.70, 0.85)
+    assert (limits.confidence_stddev, limits.confidence_range, limits.probation) == (0.05, 0.12, "vote")
+    assert (limits.non_finite_run, limits.error_share) == (20, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"action_shear": 0.5}, "unknown limit action_shear; the limits are minimum"),
+        ({"nhits": {"windows": 5}}, "unknown limit nhits.windows"),
+        ({"action_share": 1.5}, "action_share: input should be less than or equal to 1; found 1.5"),
+        ({"nhits": {"minimum": 501}}, "nhits.minimum: input should be less than or equal to 500; found 501"),
+        ({"nhits": 5}, "nhits: a table of limits was expected; found 5"),
+    ],
+)
+def test_a_wrong_limit_is_named_with_its_table(table: dict[str, object], words: str) -> None:
+    with pytest.raises(UsageError, match="setting quality") as raised:
+        load(quality=table)
+    assert words in str(raised.value)

@@ -14,14 +14,7 @@ from numpy.typing import NDArray
 from agents.agent import Outputs
 from agents.heads import head_for
 from streams.messages import Action
-
-ACTION_LIMIT = 0.70
-"""Share of one action, BUY or SELL, above which the votes count as collapsed."""
-HOLD_LIMIT = 0.85
-"""Share of HOLD above which the threshold counts as a dead zone."""
-CONFIDENCE_STD_LIMIT = 0.05
-CONFIDENCE_RANGE_LIMIT = 0.12
-"""Least distance between the 10th and the 90th percentile of confidence."""
+from worker.quality import QualityLimits
 
 
 @dataclass(frozen=True)
@@ -62,25 +55,27 @@ def measure(outputs: Outputs, truth: NDArray[np.float64], threshold: float, resi
         hit_rate=float(hits.mean()) if len(hits) else float("nan"),
         acted=len(hits),
         actions={a.name: float(np.mean(actions == a)) for a in (Action.SELL, Action.HOLD, Action.BUY)},
-        confidence_std=float(confidence.std()),
+        confidence_std=float(confidence.std(ddof=1)) if len(confidence) > 1 else 0.0,
         confidence_range=float(high - low),
     )
 
 
-def safeguard_warnings(figures: Figures) -> list[str]:
+def safeguard_warnings(figures: Figures, limits: QualityLimits | None = None) -> list[str]:
     """One clause for each criterion by which the running worker would mute votes like these."""
+    limits = limits or QualityLimits()
     action = max(("BUY", "SELL"), key=figures.actions.__getitem__)
     share, hold = figures.actions[action], figures.actions["HOLD"]
+    spread, reach = figures.confidence_std, figures.confidence_range
     found = [
-        (share > ACTION_LIMIT, f"{share:.0%} of the votes are {action} (limit {ACTION_LIMIT:.0%})"),
-        (hold > HOLD_LIMIT, f"{hold:.0%} of the votes are HOLD (limit {HOLD_LIMIT:.0%})"),
+        (share > limits.action_share, f"{share:.0%} of the votes are {action} (limit {limits.action_share:.0%})"),
+        (hold > limits.hold_share, f"{hold:.0%} of the votes are HOLD (limit {limits.hold_share:.0%})"),
         (
-            figures.confidence_std < CONFIDENCE_STD_LIMIT,
-            f"confidence deviates by {figures.confidence_std:.3f} only (limit {CONFIDENCE_STD_LIMIT})",
+            spread < limits.confidence_stddev,
+            f"confidence deviates by {spread:.3f} only (limit {limits.confidence_stddev})",
         ),
         (
-            figures.confidence_range < CONFIDENCE_RANGE_LIMIT,
-            f"confidence ranges over {figures.confidence_range:.3f} only (limit {CONFIDENCE_RANGE_LIMIT})",
+            reach < limits.confidence_range,
+            f"confidence ranges over {reach:.3f} only (limit {limits.confidence_range})",
         ),
     ]
     return [text for hit, text in found if hit]
