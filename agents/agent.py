@@ -70,7 +70,9 @@ class Model:
         Scaled in float64, computed in float32. Not finite in, not finite out: the caller abstains.
         """
         scaled = x if self.scaler is None else self.scaler.transform(x)
-        return self.network(np.ascontiguousarray(scaled, dtype=np.float32)).astype(np.float64)
+        with np.errstate(over="ignore"):  # past float32 is infinite, which the caller abstains on
+            narrow = np.ascontiguousarray(scaled, dtype=np.float32)
+        return self.network(narrow).astype(np.float64)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from agents import matching, probe, sidecars
 from agents.agent import Built, Family, Head, Model, Refusal, Refused, Scaler
 from agents.discovery import PATTERN, Candidate, candidate_of, discover, misnamed, read_once
 from agents.heads import CLASSES, head_for
+from agents.manifest import read_verified
 from agents.sidecars import LoadOptions
 from streams.messages import AGENTS, AgentState, Reason
 
@@ -159,7 +160,7 @@ def _load(candidate: Candidate, options: LoadOptions, facts: dict[str, Any]) -> 
 
 
 def _read_model(family: Family, candidate: Candidate, options: LoadOptions, facts: dict[str, Any]) -> Any:
-    data = read_once(candidate.file, options.max_bytes)
+    data = read_verified(candidate.file, options.max_bytes)
     facts["sha256"] = hashlib.sha256(data).hexdigest()
     with sidecars.broken_is(Reason.CORRUPT_ARTIFACT, "reading the file"):
         parsed = family.parse(data, candidate.suffix)

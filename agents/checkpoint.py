@@ -7,6 +7,7 @@ nothing else; what it will not read is refused, never read another way.
 from __future__ import annotations
 
 import io
+import pickle
 import pickletools
 import re
 import zipfile
@@ -35,6 +36,40 @@ _NAMES_CODE = re.compile(
     re.IGNORECASE,
 )
 _CALLS = frozenset({"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"})
+
+
+_NUMBERS = frozenset(("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1"))
+
+
+class _NumberType:
+    """Stands in for `numpy.dtype` inside a checkpoint; the text is all that is kept of it."""
+
+    def __init__(self, text: str, *_: object) -> None:
+        self.text = text
+
+    def __setstate__(self, _: object) -> None:
+        """Byte order and the like: numbers are little-endian wherever checkpoints come from."""
+
+
+def _number(kind: object, data: object) -> float | int | bool:
+    """Stands in for numpy's scalar constructor: one number from its bytes, nothing else."""
+    if not isinstance(kind, _NumberType) or kind.text not in _NUMBERS or not isinstance(data, bytes):
+        raise pickle.UnpicklingError("a numpy scalar that is no plain number")
+    value = np.frombuffer(data, dtype="<" + kind.text)
+    if len(value) != 1:
+        raise pickle.UnpicklingError("a numpy scalar of another size")
+    number: float | int | bool = value[0].item()
+    return number
+
+
+# Training loops often save a loss as a numpy number beside the tensors. These names get inert stand-ins.
+torch.serialization.add_safe_globals(
+    [
+        (_number, "numpy._core.multiarray.scalar"),
+        (_number, "numpy.core.multiarray.scalar"),
+        (_NumberType, "numpy.dtype"),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -256,11 +291,11 @@ def _refuse_packed(data: bytes) -> None:
             entries = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise _corrupt(f"has an archive that is damaged ({error}); copy it again") from error
+    if any(re.search(r"(^|/)(code/|constants\.pkl$)", entry.filename) for entry in entries):
+        raise _unsafe("a compiled module")
     claimed = sum(entry.file_size for entry in entries)
     if claimed > len(data):
         raise _corrupt(f"of {len(data)} bytes unpacks to {claimed}; save it again with torch.save, unpacked")
-    if any(re.search(r"(^|/)(code/|constants\.pkl$)", entry.filename) for entry in entries):
-        raise _unsafe("a compiled module")
 
 
 def _refuse_oversold(state: Mapping[str, Any], size: int) -> None:

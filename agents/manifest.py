@@ -44,10 +44,38 @@ def read(models: Path) -> Mapping[str, str] | None:
     return files
 
 
+def read_verified(file: Path, max_bytes: int) -> bytes:
+    """The bytes of `file` from one opening, as the manifest of its folder lists them, where there is one.
+
+    Raises `Refused` as `read_once` does; `unsafe_artifact` where the manifest does not list the file,
+    `corrupt_artifact` where it lists another hash. Nothing of such a file is parsed.
+    """
+    data = read_once(file, max_bytes)
+    listed = read(file.parent)
+    if listed is None:
+        return data
+    if file.name not in listed:
+        raise Refused(
+            Reason.UNSAFE_ARTIFACT,
+            f"{file.name} is not listed in {file.parent / NAME}: add it with `quartet models import`, or remove the "
+            "manifest to serve files that nobody vouched for",
+        )
+    if sha256(data) != listed[file.name]:
+        raise Refused(
+            Reason.CORRUPT_ARTIFACT,
+            f"{file.name} has SHA-256 {sha256(data)}, {file.parent / NAME} lists {listed[file.name]}; copy it again",
+        )
+    return data
+
+
 def record(models: Path, names: Iterable[str]) -> None:
     """Add the files of these names, as they are now, to the manifest of the folder; others stay as listed."""
-    listed = dict(read(models) or {})
-    listed |= {name: sha256(read_once(models / name, FILE_MAX_BYTES)) for name in names}
+    record_hashes(models, {name: sha256(read_once(models / name, FILE_MAX_BYTES)) for name in names})
+
+
+def record_hashes(models: Path, hashes: Mapping[str, str]) -> None:
+    """Add files by their SHA-256 (hex); before they appear, so that nobody meets them unlisted."""
+    listed = {**(read(models) or {}), **hashes}
     document = {"format": FORMAT, "files": dict(sorted(listed.items()))}
     staged = models / f".{NAME}.{os.getpid()}"
     staged.write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))

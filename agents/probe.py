@@ -15,10 +15,10 @@ from streams.messages import Reason
 ROWS = 64
 SEED = 20260101
 CONSTANT_WITHIN = 1e-9
-GOLDEN_WITHIN = 1e-5
-"""Relative above 1, absolute below. The math libraries of two machines sum thousands of float32 products
-in other orders and differ by up to about 1e-6; a wrong scaler, order of columns, activation or number
-of heads moves outputs by orders of magnitude more."""
+GOLDEN_WITHIN = 1e-4
+"""Of the largest expected output. The math libraries of two machines sum thousands of float32 products
+in other orders and differ by up to about 1e-6 of that; a wrong scaler, order of columns, activation or
+number of heads moves outputs by a large part of it."""
 
 OUTPUT_COUNTS = (1, 3, 12)
 BLOCK = 8
@@ -56,10 +56,11 @@ def check_golden(model: Model, metadata: Mapping[str, Any]) -> None:
     inputs, expected = _golden_arrays(golden, model)
     with np.errstate(all="ignore"):  # what is not finite is a difference, not a warning
         difference = np.abs(model.predict(inputs) - expected)
-        within = difference <= GOLDEN_WITHIN * np.maximum(1.0, np.abs(expected))
+        within = difference <= GOLDEN_WITHIN * np.abs(expected).max()
     if not within.all():
         raise _golden(
-            f"expected the outputs of training within {GOLDEN_WITHIN}, found a difference of {difference.max():.3g}: "
+            f"expected the outputs of training within {GOLDEN_WITHIN} of the largest, {np.abs(expected).max():.3g}, "
+            f"found a difference of {difference.max():.3g}: "
             "model, scaler and metadata are not of one training"
         )
 

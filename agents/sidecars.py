@@ -14,7 +14,8 @@ import orjson
 
 from agents import matching, scalers
 from agents.agent import Refused, Scaler
-from agents.discovery import Candidate, read_once
+from agents.discovery import Candidate
+from agents.manifest import read_verified
 from streams.messages import Reason
 
 DEFAULT_THRESHOLD = 0.001
@@ -70,7 +71,7 @@ def read_scaler(candidate: Candidate) -> FoundScaler | None:
     file = next(filter(_exists, (*own, *generic)), None)
     if file is None:
         return None
-    data = read_once(file, SIDECAR_MAX_BYTES)
+    data = read_verified(file, SIDECAR_MAX_BYTES)
     try:
         with broken_is(Reason.CORRUPT_ARTIFACT, "reading it"):
             return FoundScaler(file, file in own, scalers.parse(data, file.suffix))
@@ -87,7 +88,7 @@ def read_metadata(candidate: Candidate) -> dict[str, Any]:
     if file is None:
         return {}
     try:
-        metadata = orjson.loads(read_once(file, SIDECAR_MAX_BYTES))
+        metadata = orjson.loads(read_verified(file, SIDECAR_MAX_BYTES))
     except orjson.JSONDecodeError as error:
         raise Refused(Reason.CORRUPT_ARTIFACT, f"{file.name} is not JSON: {error}; write it again") from error
     if not isinstance(metadata, dict):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agents import artifacts
+from agents import manifest
 from agents.agent import Refused
 from agents.artifacts import LoadOptions, discover, inspect, load
 from agents.discovery import read_once
@@ -85,7 +85,7 @@ def test_the_bytes_that_were_hashed_are_the_bytes_that_are_parsed(models, monkey
             file.write_bytes(other)
         return data
 
-    monkeypatch.setattr(artifacts, "read_once", read_then_swap)
+    monkeypatch.setattr(manifest, "read_once", read_then_swap)
     found = load(candidate, LoadOptions())
     assert candidate.file.read_bytes() == other
     assert found.sha256 == expected.sha256

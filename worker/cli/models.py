@@ -88,13 +88,11 @@ def verify_models(settings: Settings, as_json: AsJson = False) -> None:
 
 
 def _load_options(settings: Settings) -> LoadOptions:
-    from agents.artifacts import LoadOptions
+    """How the worker would load; also sets the one torch thread with which it would compute."""
+    from worker.assembly import load_options, use_one_thread_a_model
 
-    return LoadOptions(
-        allow_unscaled=frozenset(settings.allow_unscaled),
-        threshold=settings.threshold,
-        residual_std=settings.residual_std,
-    )
+    use_one_thread_a_model()
+    return load_options(settings)
 
 
 def _print_json(rows: Sequence[Mapping[str, Any]]) -> None:

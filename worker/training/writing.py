@@ -17,6 +17,7 @@ from typing import Any
 
 import orjson
 
+from agents import manifest
 from agents.agent import Model
 from agents.artifacts import LoadOptions, load_agent
 from worker.errors import CheckFailed, UsageError
@@ -74,6 +75,8 @@ def publish(models: Path, stem: str, artifact: Artifact) -> Model:
             raise CheckFailed(
                 f"{artifact.agent}: trained, but the artifact does not load and was not kept: {' '.join(why.split())}"
             )
+        if manifest.read(models) is not None:
+            manifest.record_hashes(models, {name: manifest.sha256(data) for name, data in contents.items()})
         for name in contents:
             (folder / name).replace(models / name)
     _sync(models)
