@@ -140,9 +140,8 @@ def test_piped_output_has_no_colour_and_the_picture_loads_nothing(finished: Fini
     assert "\x1b" not in finished.spoken
     text = finished.svg.read_text()
     ET.fromstring(text)
-    assert set(re.findall(r"https?://[^\s\"')]+", text)) == {"http://www.w3.org/2000/svg"} | {
-        f"{finished.summary['metrics']['url']}/metrics"
-    }
+    assert set(re.findall(r"[\w:]+=.?(?=https?:)", text)) == {'xmlns="'}
+    assert not re.search(r"url\(.?http|@import|@font-face|<image|<script", text)
     assert "4&#160;configured,&#160;4&#160;loaded,&#160;4&#160;voting" in text
 
 
@@ -160,7 +159,8 @@ def test_a_refused_artifact_and_a_busy_port_are_said_and_the_demo_goes_on(models
     assert done.returncode == 0, done.stderr
     assert f"Port {port} cannot be used" in done.stdout
     assert "\n4 configured, 3 loaded, 3 voting\n" in done.stdout
-    assert re.search(r"^nhits +refused +0 +0 +0 +202 .*_artifact", done.stdout, re.MULTILINE)
+    assert re.search(r"^nhits +refused +0 +0 +0 +202 +ABSTAIN 0.00 +corrupt_artifact", done.stdout, re.MULTILINE)
+    assert "\nnhits: corrupt_artifact: " in done.stdout
 
 
 def test_a_worker_that_cannot_start_is_one_line_with_the_end_of_its_log(tmp_path: Path) -> None:

@@ -90,16 +90,14 @@ class Outcome:
 
 
 def agents_table(view: View) -> Table:
-    """One row an agent: state, votes by action, and why where it does not vote."""
+    """One row an agent: state, votes by action, and why it does not vote or how often it abstained."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("agent", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for action in ("BUY", "SELL", "HOLD", "ABSTAIN"):
         table.add_column(action, justify="right", no_wrap=True)
     table.add_column("last vote", no_wrap=True)
-    reasons = {one.agent: _why_not(one) for one in view.agents}
-    if any(reasons.values()):
-        table.add_column("why not", overflow="ellipsis", no_wrap=True)
+    table.add_column("why not", no_wrap=True)
     last = view.last[0]["votes"] if view.last else {}
     for one in view.agents:
         vote = last.get(one.agent)
@@ -108,16 +106,15 @@ def agents_table(view: View) -> Table:
             Text(one.state, style=_STATE_STYLE.get(one.state, "yellow")),
             *(f"{one.votes.get(action, 0):,}" for action in ("BUY", "SELL", "HOLD", "ABSTAIN")),
             _vote_text(vote["action"], vote["confidence"]) if vote else "",
-            *([reasons[one.agent]] if any(reasons.values()) else []),
+            one.reason or ", ".join(f"{n:,} {reason}" for reason, n in one.abstentions.items()),
         )
     return table
 
 
-def _why_not(one: AgentView) -> str:
-    """Why an agent does not vote, or did not where it abstained."""
-    if one.reason:
-        return ": ".join(part for part in (one.reason, one.detail) if part)
-    return ", ".join(f"{n:,} {reason}" for reason, n in one.abstentions.items())
+def agents_part(view: View) -> Group:
+    """The table, and under it in full why an agent was refused."""
+    details = [f"{one.agent}: {one.reason}: {one.detail}" for one in view.agents if one.detail]
+    return Group(agents_table(view), *(Text(text, style="red") for text in details))
 
 
 def _vote_text(action: str, confidence: float) -> Text:
@@ -149,7 +146,7 @@ def live(view: View, total: int, seconds: float) -> Group:
     head.append(
         f"bars {view.consumed:,} of {total:,}, {rate:,.0f} a second; signals {sum(view.signals.values()):,}", "not bold"
     )
-    return Group(head, "", agents_table(view), "", signals_table(view))
+    return Group(head, "", agents_part(view), "", signals_table(view))
 
 
 def line(view: View, total: int, seconds: float) -> str:
@@ -178,7 +175,7 @@ def summary(outcome: Outcome) -> Group:
     facts.add_row("check", _check(outcome))
     facts.add_row("metrics", f"{outcome.metrics_url}/metrics while it runs; last scrape in {outcome.metrics_file}")
     facts.add_row("market", NOTE)
-    return Group(Text(outcome.view.headline, style="bold"), "", agents_table(outcome.view), "", facts)
+    return Group(Text(outcome.view.headline, style="bold"), "", agents_part(outcome.view), "", facts)
 
 
 def _check(outcome: Outcome) -> Text:
@@ -203,4 +200,5 @@ def picture(outcome: Outcome, file: Path) -> None:
     console.print(summary(outcome))
     text = console.export_svg(title="quartet demo", unique_id="quartet-demo")
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(re.sub(r"@font-face\s*\{.*?\}\s*", "", text, flags=re.DOTALL), encoding="utf-8")
+    text = re.sub(r"@font-face\s*\{.*?\}\s*|<!--.*?-->\s*", "", text, flags=re.DOTALL)
+    file.write_text(text, encoding="utf-8")
