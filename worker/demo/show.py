@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from streams.messages import Action, Status
-from worker.demo.follow import AgentView, Tally, View
+from worker.demo.follow import Tally, View
 from worker.training.market import NOTE
 
 PICTURE_WIDTH = 92
