@@ -130,6 +130,13 @@ class Life:
         """The exit code; a signal is negative."""
         return self.forge.ask(do="wait", pid=self.pid)
 
+    def alive(self) -> bool:
+        try:
+            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return False
+        return state not in "ZX"
+
     @property
     def text(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
