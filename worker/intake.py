@@ -7,7 +7,7 @@ rejects among the last entries of the feed. All of it is part of the commit.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -174,6 +174,8 @@ class Intake:
     def __init__(self, limits: Limits, *, reader: FormatReader | None = None, several_keys: bool = False) -> None:
         self.limits = limits
         self.several_keys = several_keys
+        self.stale_bars: Container[str] | None = None
+        """Bars that came too late as a recording has it; None judges by the clock."""
         self.health = FeedHealth()
         self.ids = OutputIds()
         self._reader = reader or FormatReader()
@@ -279,6 +281,8 @@ class Intake:
             batch.flags["frozen"] += 1
 
     def _judge_age(self, batch: _Batch, bar: Bar, now_ms: int) -> bool:
+        if self.stale_bars is not None:
+            return bar.bar_id in self.stale_bars
         limit = self.limits.max_bar_age_intervals
         if limit is None:
             return False

@@ -1,0 +1,328 @@
+"""Recordings: every entry of a namespace's streams as JSON Lines in zstd frames, `zstdcat FILE | jq`.
+
+A file is a sequence of zstd frames, each whole lines. A frame is compressed in memory and appended by one
+write, so that a killed recorder leaves whole frames and at most one cut one at the end. The first line of a
+file is its header; each other line is one entry:
+
+    {"stream": "signals", "key": "quartet:signals", "id": "1-0", "data": {...}}
+
+`stream` is the key without its namespace, `bars` for every input. `data` stands for one field `data` whose
+JSON encodes again to the same bytes; `raw` beside it holds the text where it does not. Flat entries have
+`fields`, and what is not UTF-8 is `base64`, a list of pairs. So every entry reads back byte for byte.
+"""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple, Self
+
+import orjson
+import zstandard
+
+FORMAT = 1
+MIB = 1 << 20
+FRAME_BYTES = MIB
+_CHUNK = 1 << 16
+_SUFFIXES = (".jsonl.zst", ".zst", "")
+_DATA = b',"data":'
+
+
+class RecordingError(Exception):
+    """A file that is no recording, is damaged, or cannot be continued: names the file and the remedy."""
+
+
+class Recorded(NamedTuple):
+    """One entry of a recording. `fields` hold the bytes as they came."""
+
+    stream: str
+    key: str
+    id: str
+    fields: Mapping[bytes, bytes]
+
+
+class Lost(NamedTuple):
+    """A note of the recorder: `entries` of `key` after `id` were trimmed before it read them."""
+
+    stream: str
+    key: str
+    id: str
+    entries: int
+
+
+Item = Recorded | Lost
+
+
+def encode(item: Item) -> bytes:
+    """One line, without its end."""
+    head: dict[str, Any] = {"stream": item.stream, "key": item.key, "id": item.id}
+    if isinstance(item, Lost):
+        return orjson.dumps({**head, "lost": item.entries})
+    data = item.fields.get(b"data")
+    value = _object(data) if data is not None and len(item.fields) == 1 else None
+    if data is None or value is None:
+        return orjson.dumps(head | _plain(item.fields))
+    if _again(value) == data:
+        return orjson.dumps({**head, "data": orjson.Fragment(data)})
+    return orjson.dumps({**head, "raw": data.decode(), "data": value})
+
+
+def _object(data: bytes) -> Any:
+    """The JSON object in `data`, None where it holds none that can be written again."""
+    try:
+        value = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) and _again(value) is not None else None
+
+
+def _again(value: Any) -> bytes | None:
+    try:
+        return orjson.dumps(value)
+    except TypeError:  # too deep to be written
+        return None
+
+
+def _plain(fields: Mapping[bytes, bytes]) -> dict[str, Any]:
+    try:
+        return {"fields": {name.decode(): value.decode() for name, value in fields.items()}}
+    except UnicodeDecodeError:
+        return {"base64": [[base64.b64encode(x).decode() for x in pair] for pair in fields.items()]}
+
+
+def decode(line: bytes) -> Item:
+    """The entry of one line. Raises `RecordingError` where it is none."""
+    head, found, tail = line.partition(_DATA)
+    try:
+        if not found or not line.endswith(b"}"):
+            return _decode(orjson.loads(line))
+        value = orjson.loads(head + b"}")
+        data = value["raw"].encode() if "raw" in value else tail[:-1]
+        return Recorded(value["stream"], value["key"], value["id"], {b"data": data})
+    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise RecordingError(f"no entry of a recording: {line[:80]!r} ({error})") from error
+
+
+def _decode(value: Mapping[str, Any]) -> Item:
+    place = value["stream"], value["key"], value["id"]
+    if "lost" in value:
+        return Lost(*place, value["lost"])
+    if "base64" in value:
+        pairs = ([base64.b64decode(x) for x in pair] for pair in value["base64"])
+        return Recorded(*place, dict(pairs))
+    if "fields" in value:
+        return Recorded(*place, {name.encode(): text.encode() for name, text in value["fields"].items()})
+    return Recorded(*place, {b"data": value["raw"].encode() if "raw" in value else orjson.dumps(value["data"])})
+
+
+def part_path(path: Path, part: int) -> Path:
+    """The file of a part, counted from 1: `day.jsonl.zst`, then `day.0002.jsonl.zst`."""
+    if part == 1:
+        return path
+    suffix = next(s for s in _SUFFIXES if path.name.endswith(s))
+    return path.with_name(f"{path.name.removesuffix(suffix) if suffix else path.name}.{part:04d}{suffix}")
+
+
+# ------------------------------------------------------------------ writing
+
+
+def lock(path: Path) -> BinaryIO:
+    """Keep other recorders away from the recording at `path` until the result is closed. Raises `RecordingError`."""
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise RecordingError(f"{path}: another recorder writes to it; give another --out") from None
+    return file
+
+
+class Writer:
+    """Appends to one file."""
+
+    def __init__(self, path: Path, *, level: int = 3) -> None:
+        self.path = path
+        self._file = path.open("ab")
+        self._compressor = zstandard.ZstdCompressor(level=level, write_checksum=True)
+        self._lines: list[bytes] = []
+        self._pending = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def header(self, header: Mapping[str, Any]) -> None:
+        """The first line of a file, on disk at once."""
+        self._put(orjson.dumps({"recording": FORMAT, **header}))
+        self.flush()
+
+    def add(self, item: Item) -> None:
+        self._put(encode(item))
+
+    def _put(self, line: bytes) -> None:
+        self._lines += (line, b"\n")
+        self._pending += len(line) + 1
+        if self._pending >= FRAME_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """End the frame: everything added so far survives the death of this process."""
+        if self._lines:
+            frame = self._compressor.compress(b"".join(self._lines))
+            self._lines.clear()
+            self._pending = 0
+            self._file.write(frame)
+            self._file.flush()
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+# ------------------------------------------------------------------ reading
+
+
+@dataclass
+class Frames:
+    """The frames of one file. After the last one, `whole` is where it ended and `cut` the bytes behind it."""
+
+    path: Path
+    whole: int = 0
+    cut: int = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Each frame's lines. Raises `RecordingError` where a frame is damaged."""
+        decompressor = zstandard.ZstdDecompressor()
+        size = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            frame, lines, rest = decompressor.decompressobj(), [], b""
+            while chunk := rest or file.read(_CHUNK):
+                try:
+                    lines.append(frame.decompress(chunk))
+                except zstandard.ZstdError as error:
+                    raise RecordingError(
+                        f"{self.path}: damaged in the frame at byte {self.whole} of {size}: {error}"
+                    ) from error
+                rest = frame.unused_data
+                if frame.eof:
+                    self.whole = file.tell() - len(rest)
+                    yield b"".join(lines)
+                    frame, lines = decompressor.decompressobj(), []
+        self.cut = size - self.whole
+
+
+@dataclass
+class Recording:
+    """A recording to read: the file at `path` and the parts that follow it.
+
+    `header` is that of the first file. `cut` are the bytes of an unfinished frame at the end, known
+    once everything was read.
+    """
+
+    path: Path
+    header: Mapping[str, Any] = field(init=False)
+    cut: int = 0
+
+    def __post_init__(self) -> None:
+        self.header = read_header(self.path)
+
+    def parts(self) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+        """The files in order, each with its header. Raises `RecordingError` where one is of another recording."""
+        path, header, first = self.path, self.header, self.header["part"]
+        base = self.path if first == 1 else _base(self.path, first)
+        while True:
+            yield path, header
+            path = part_path(base, header["part"] + 1)
+            if not path.exists():
+                return
+            following = read_header(path)
+            if (following["id"], following["part"]) != (header["id"], header["part"] + 1):
+                raise RecordingError(f"{path}: no continuation of {self.path}; move it elsewhere, or rename it")
+            header = following
+
+    def blocks(self) -> Iterator[list[bytes]]:
+        """Lines, a frame at a time, headers left out."""
+        for path, _ in self.parts():
+            if self.cut:
+                raise RecordingError(f"{path}: the part before it is cut; it was not finished by the recorder")
+            frames = Frames(path)
+            first = True
+            for lines in frames:
+                yield lines.splitlines()[first:]
+                first = False
+            self.cut = frames.cut
+
+    def __iter__(self) -> Iterator[Item]:
+        """Every entry, in the order of the file."""
+        for lines in self.blocks():
+            yield from map(decode, lines)
+
+
+def _base(path: Path, part: int) -> Path:
+    return path.with_name(path.name.replace(f".{part:04d}", "", 1))
+
+
+def is_recording(path: Path) -> bool:
+    """Whether the file begins as a recording does."""
+    try:
+        read_header(path)
+    except (RecordingError, OSError):
+        return False
+    return True
+
+
+def read_header(path: Path) -> Mapping[str, Any]:
+    """The first line. Raises `RecordingError`."""
+    if not path.is_file():
+        raise RecordingError(f"{path}: no such file; `quartet record --out {path}` makes one")
+    try:
+        first = next(iter(Frames(path)), b"").split(b"\n", 1)[0]
+        header: Mapping[str, Any] = orjson.loads(first)
+        found = header["recording"]
+    except (RecordingError, orjson.JSONDecodeError, KeyError, TypeError) as error:
+        raise RecordingError(f"{path}: no recording, or one cut in its first frame ({error})") from error
+    if found != FORMAT:
+        raise RecordingError(f"{path}: a recording of format {found}; this program reads format {FORMAT}")
+    return header
+
+
+@dataclass
+class Tail:
+    """Where a recording ends: its last file, that file's header, and each key's last ID and count of entries."""
+
+    path: Path
+    header: Mapping[str, Any]
+    positions: dict[str, tuple[str, int]]
+    cut: int
+
+
+def read_tail(path: Path) -> Tail:
+    """Read the last part of the recording at `path`, to continue it behind its last whole frame."""
+    last, header = list(Recording(path).parts())[-1]
+    positions = {key: (at[0], at[1]) for key, at in header["positions"].items()}
+    frames = Frames(last)
+    for number, lines in enumerate(frames):
+        for line in lines.splitlines()[number == 0 :]:
+            item = decode(line)
+            before = positions.get(item.key, ("0-0", 0))
+            at = before[0] if isinstance(item, Lost) else item.id
+            positions[item.key] = at, before[1] + (item.entries if isinstance(item, Lost) else 1)
+    return Tail(last, header, positions, frames.cut)
+
+
+def drop_cut(tail: Tail) -> None:
+    """Remove the unfinished frame that a killed recorder left."""
+    if tail.cut:
+        os.truncate(tail.path, tail.path.stat().st_size - tail.cut)

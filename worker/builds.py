@@ -1,0 +1,58 @@
+"""What decides the last bit of a result: the build it was computed with, and the settings that matter."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from agents.artifacts import Loading
+from streams.contracts import FEATURE_SETS
+from streams.messages import Event
+from streams.store import Position
+from worker.settings import Settings
+
+_LIBRARIES = ("quartet-worker", "numpy", "numba", "torch", "xgboost", "xgboost-cpu", "lightgbm")
+_WITHOUT_EFFECT = (
+    *("redis", "namespace", "models", "state_dir", "http_host", "http_port", "log_level"),
+    *("batch_size", "lease_s", "retain"),
+)
+"""Settings that change neither a value nor a decision; every other one does, or may."""
+
+
+def build() -> dict[str, str]:
+    """Versions and processor: two equal builds compute the same bits."""
+    import llvmlite.binding as llvm  # noqa: PLC0415  comes with numba
+    import torch  # noqa: PLC0415
+
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found | {"cpu": llvm.get_host_cpu_name(), "torch_cpu": torch.backends.cpu.get_cpu_capability()}
+
+
+def deciding(settings: Settings) -> dict[str, Any]:
+    """The settings that change values or decisions, as plain values; `bars` are the keys that are read."""
+    kept = {name: value for name, value in settings.describe().items() if name not in _WITHOUT_EFFECT}
+    return kept | {"bars": list(settings.input_keys)}
+
+
+def started(settings: Settings, loadings: Sequence[Loading], position: Position) -> Event:
+    """The event of a start: everything that a replay needs besides the bars, and where it took effect."""
+    models = {x.agent: x.model for x in loadings}
+    program = build()
+    evidence = {
+        "settings": deciding(settings),
+        "build": program,
+        "contracts": {name: s.contract for name, s in FEATURE_SETS.items()},
+        "agents": {
+            agent: None if model is None else {"version": model.version, "sha256": model.sha256}
+            for agent, model in models.items()
+        },
+        "position": {key: at.id for key, at in position.inputs.items()},
+    }
+    return Event("started", detail=f"quartet {program.get('quartet-worker', 'not installed')}", evidence=evidence)

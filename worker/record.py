@@ -1,0 +1,258 @@
+"""The recorder: follows every stream of a namespace and appends what it reads to one file.
+
+It reads like anybody else, consumes nothing and writes nothing to the server. One read gives a
+consistent view of all streams, because a commit is atomic and so is the read.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+import redis
+
+from streams.contracts import FEATURE_SETS
+from streams.inputs import REFRESH_S, Inputs
+from streams.keys import Keys
+from streams.messages import AGENTS
+from streams.recording import MIB, Lost, Recorded, RecordingError, Writer, drop_cut, lock, part_path, read_tail
+from streams.redis import find_keys
+from streams.store import FIRST_ID, GONE, StreamFacts, id_tuple
+from worker.builds import build
+from worker.errors import CheckFailed, UsageError
+from worker.qsc import CANARY
+
+FLUSH_S = 0.7
+"""A frame is ended at least this often: what a killed recorder may lose, with one read."""
+
+PAUSE_S = 0.5
+WAIT_MS = 200
+COUNT = 500
+BARS = "bars"
+
+
+@dataclass
+class Plan:
+    """What to record and where. `rotate_bytes` ends a file and begins the next part; None never does."""
+
+    out: Path
+    keys: Keys
+    inputs: Inputs
+    from_now: bool = False
+    rotate_bytes: int | None = 1024 * MIB
+    until_idle_s: float | None = None
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a recorder did: entries by stream, entries lost to trimming, and the last file."""
+
+    path: Path
+    entries: Mapping[str, int]
+    lost: int
+
+
+class Recorder:
+    """Follows the streams. `positions` are each key's last ID and the entries ever added up to it."""
+
+    def __init__(self, client: Any, plan: Plan, tell: Callable[[str], None]) -> None:
+        self.client = client
+        self.plan = plan
+        self.tell = tell
+        self.positions: dict[str, tuple[str, int]] = {}
+        self.entries: dict[str, int] = {}
+        self.lost = 0
+        self._header: dict[str, Any] = {}
+        self._flushed = self._looked = 0.0
+        self._connected = True
+        self._writer = self._open()
+
+    # ------------------------------------------------------------------ beginning
+
+    def _open(self) -> Writer:
+        """The file to append to: a new one, or the last part of a recording that is continued."""
+        out = self.plan.out
+        self.plan.inputs.refresh(self._find)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(out)
+            if out.stat().st_size:
+                return self._continue()
+            if (left := part_path(out, 2)).exists():
+                raise UsageError(f"{left} is of another recording: move it elsewhere, or give another --out")
+            self._begin()
+            writer = Writer(out)
+            writer.header(self._header)
+        except OSError as error:
+            raise UsageError(f"--out {out}: {error.strerror}; give a file that can be written") from error
+        except RecordingError as error:
+            raise UsageError(str(error)) from error
+        return writer
+
+    def _begin(self) -> None:
+        facts = self._facts(self._streams())
+        for key, fact in facts.items():
+            first = (FIRST_ID, fact.added - fact.length)
+            self.positions[key] = (fact.last_id, fact.added) if self.plan.from_now else first
+        self._header = {
+            "id": uuid.uuid4().hex,
+            "part": 1,
+            "created_ms": time.time_ns() // 1_000_000,
+            "from": "now" if self.plan.from_now else "start",
+            "namespace": self.plan.keys.namespace,
+            "inputs": list(self.plan.inputs.keys),
+            "build": build(),
+            "contracts": {name: s.contract for name, s in FEATURE_SETS.items()},
+            "started": self._last_start(),
+            "positions": dict(self.positions),
+        }
+
+    def _continue(self) -> Writer:
+        tail = read_tail(self.plan.out)
+        if tail.header["namespace"] != self.plan.keys.namespace:
+            raise UsageError(
+                f"{self.plan.out} records namespace {tail.header['namespace']}, not {self.plan.keys.namespace}; "
+                "give another --out"
+            )
+        if tail.cut:
+            self.tell(f"{tail.path}: an unfinished frame of {tail.cut} bytes is dropped; its entries are read again")
+        drop_cut(tail)
+        self._header = {k: v for k, v in tail.header.items() if k != "recording"}
+        self.positions = dict(tail.positions)
+        return Writer(tail.path)
+
+    def _last_start(self) -> Any:
+        """What the last start of a worker said of itself, None where there was none yet."""
+        last = "+"
+        while rows := self.client.xrevrange(self.plan.keys.events, max=last, count=1000):
+            for _, fields in rows:
+                data = fields.get(b"data", b"")
+                if b'"started"' in data and (event := orjson.loads(data))["kind"] == "started":
+                    return event["evidence"]
+            last = f"({rows[-1][0].decode()}"
+        return None
+
+    def _streams(self) -> dict[str, str]:
+        """Key to the name that a recording gives its stream."""
+        keys = self.plan.keys
+        outputs = [keys.features, *(keys.votes(a + c) for a in AGENTS for c in ("", CANARY)), keys.signals]
+        others = [*outputs, keys.events, keys.rejected, keys.control]
+        named = {key: key.removeprefix(f"{keys.namespace}:") for key in others}
+        return {**dict.fromkeys(self.plan.inputs.keys, BARS), **named}
+
+    def _find(self, pattern: str) -> dict[str, str]:
+        return find_keys(self.client, pattern)
+
+    # ------------------------------------------------------------------ following
+
+    def run(self) -> Recording:
+        """Record until stopped, or until the streams were silent for `until_idle_s`."""
+        last_entry = time.monotonic()
+        try:
+            while not self.plan.stop.is_set():
+                if self._reaching(self._turn):
+                    last_entry = time.monotonic()
+                elif self.plan.until_idle_s is not None and time.monotonic() - last_entry >= self.plan.until_idle_s:
+                    break
+        finally:
+            self._writer.close()
+            self._lock.close()
+        return Recording(self._writer.path, dict(self.entries), self.lost)
+
+    def _reaching(self, turn: Callable[[], int]) -> int:
+        """One turn; an outage of the server is waited out, and what was read before it is on disk."""
+        try:
+            written = turn()
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            self._writer.flush()
+            if self._connected:
+                self.tell(f"the server is unavailable, trying again: {error}")
+            self._connected = False
+            self.plan.stop.wait(PAUSE_S)
+            return 0
+        if not self._connected:
+            self.tell("connected to the server")
+            self._connected = True
+        return written
+
+    def _turn(self) -> int:
+        now = time.monotonic()
+        if now - self._looked >= REFRESH_S:
+            self._looked = now
+            self.plan.inputs.refresh(self._find)
+            self._check(self._facts(self._streams()))
+        written = sum(self._write(item) for item in self._read())
+        if now - self._flushed >= FLUSH_S:
+            self._flushed = now
+            self._writer.flush()
+            self._rotate()
+        return written
+
+    def _read(self) -> Iterator[Recorded]:
+        """What follows the positions, of all streams at one moment."""
+        streams = self._streams()
+        after = {key: self.positions.get(key, (FIRST_ID, 0))[0] for key in streams}
+        for key, rows in self.client.xread(after, count=COUNT, block=WAIT_MS) or ():
+            name = key.decode()
+            for entry_id, fields in rows:
+                yield Recorded(streams[name], name, entry_id.decode(), fields)
+
+    def _write(self, item: Recorded) -> int:
+        self._writer.add(item)
+        _, added = self.positions.get(item.key, (FIRST_ID, 0))
+        self.positions[item.key] = item.id, added + 1
+        self.entries[item.stream] = self.entries.get(item.stream, 0) + 1
+        return 1
+
+    def _rotate(self) -> None:
+        limit = self.plan.rotate_bytes
+        if limit is None or self._writer.size < limit:
+            return
+        part = self._header["part"] + 1
+        self._header |= {"part": part, "started": self._last_start(), "positions": dict(self.positions)}
+        self._writer.close()
+        self._writer = Writer(part_path(self.plan.out, part))
+        self._writer.header(self._header)
+        self.tell(f"{self._writer.path}: part {part}")
+
+    # ------------------------------------------------------------------ what is gone
+
+    def _facts(self, keys: Mapping[str, str]) -> dict[str, StreamFacts]:
+        pipe = self.client.pipeline(transaction=True)
+        for key in keys:
+            pipe.xinfo_stream(key)
+        return {key: _fact(info) for key, info in zip(keys, pipe.execute(raise_on_error=False), strict=True)}
+
+    def _check(self, facts: Mapping[str, StreamFacts]) -> None:
+        """Note what was trimmed before it was read; stop where a stream is not the one it was."""
+        streams = self._streams()
+        for key, fact in facts.items():
+            entry_id, added = self.positions.get(key, (FIRST_ID, 0))
+            if fact.added < added or id_tuple(fact.last_id) < id_tuple(entry_id):
+                raise CheckFailed(
+                    f"stream {key} went back or was made anew: it was read up to {entry_id}, now it ends at "
+                    f"{fact.last_id}; what was recorded is kept, go on with another --out"
+                )
+            lost = fact.added - fact.length - added
+            if lost > 0:
+                self._writer.add(Lost(streams[key], key, entry_id, lost))
+                self.positions[key] = entry_id, added + lost
+                self.lost += lost
+                self.tell(f"stream {key}: {lost} entries after {entry_id} were trimmed before they were recorded")
+
+
+def _fact(info: Any) -> StreamFacts:
+    if isinstance(info, Exception):
+        if "no such key" in str(info):
+            return GONE
+        raise info
+    first = info["first-entry"]
+    last_id = info["last-generated-id"].decode()
+    return StreamFacts(info["length"], info["entries-added"], last_id, first[0].decode() if first else FIRST_ID)
