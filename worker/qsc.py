@@ -143,7 +143,8 @@ class Safeguard:
 
     def status(self, agent: str, state: AgentState) -> tuple[AgentState, str | None]:
         """What becomes of an agent in `state`, and why: muted, in the shadow on probation, or as it was."""
-        ints = self._store.state["ints"][self._row(agent)]
+        row = self._row(agent)
+        ints = self._store.state["ints"][row]
         if state not in (AgentState.ACTIVE, AgentState.CANARY):
             return state, None
         if ints[kernel.STATUS] != kernel.CLEAR:
