@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -69,8 +69,17 @@ class QualityLimits:
         return self.by_criterion()[CRITERIA.index(criterion)]
 
 
-_NAMES = tuple(field.name for field in fields(QualityLimits))
-_READER = TypeAdapter(QualityLimits)
+@dataclass(frozen=True, slots=True)
+class EnsembleLimits:
+    """Where the ensemble as a whole is a concern. Ratios over at least `minimum` signals of the window."""
+
+    minimum: Annotated[int, Field(ge=2, le=WINDOW)] = 200
+    agreement_low: Share = 0.55
+    agreement_high: Share = 0.80
+    hard_disagreement: Share = 0.20
+
+
+_Limits = TypeVar("_Limits", QualityLimits, EnsembleLimits)
 
 
 def read_limits(given: Any) -> Any:
@@ -81,26 +90,32 @@ def read_limits(given: Any) -> Any:
     if not isinstance(given, Mapping):
         return given
     general = {name: value for name, value in given.items() if name not in AGENTS}
-    base = _checked(general, "")
+    base = _checked(QualityLimits, general, "")
     limits = {}
     for agent in AGENTS:
         own = given.get(agent, {})
         if isinstance(own, QualityLimits):
             limits[agent] = own
         elif isinstance(own, Mapping):
-            checked = _checked(own, f"{agent}.")
+            checked = _checked(QualityLimits, own, f"{agent}.")
             limits[agent] = replace(base, **{name: getattr(checked, name) for name in own})
         else:
             raise ValueError(f"{agent}: a table of limits was expected; found {own!r}")  # noqa: TRY004  pydantic reports it
     return limits
 
 
-def _checked(given: Mapping[str, Any], prefix: str) -> QualityLimits:
+def read_ensemble_limits(given: Any) -> Any:
+    """The limits of the ensemble from a table; raises as `read_limits`."""
+    return _checked(EnsembleLimits, given, "") if isinstance(given, Mapping) else given
+
+
+def _checked(kind: type[_Limits], given: Mapping[str, Any], prefix: str) -> _Limits:
+    names = [field.name for field in fields(kind)]
     for name in given:
-        if name not in _NAMES:
-            raise ValueError(f"unknown limit {prefix}{name}; the limits are {', '.join(_NAMES)}")
+        if name not in names:
+            raise ValueError(f"unknown limit {prefix}{name}; the limits are {', '.join(names)}")
     try:
-        return _READER.validate_python(dict(given))
+        return TypeAdapter(kind).validate_python(dict(given))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(map(str, first["loc"]))

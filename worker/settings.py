@@ -40,7 +40,7 @@ from streams.contracts import FEATURE_SETS
 from streams.keys import DEFAULT_NAMESPACE, Keys
 from streams.messages import AGENTS
 from worker.errors import UsageError
-from worker.quality import QualityLimits, read_limits
+from worker.quality import EnsembleLimits, QualityLimits, read_ensemble_limits, read_limits
 
 EMBEDDED = "embedded"
 PREFIX = "QUARTET_"
@@ -140,6 +140,10 @@ class Settings(BaseSettings):
     allow_unscaled: AgentNames = Field((), description="agents that may load without a scaler")
     window_capacity: int = Field(64, ge=1, le=1024, description="ready vectors kept for each symbol, in bars")
 
+    watch_s: Share = Field(2.0, description="seconds between looks at the models folder; 0 never looks")
+    canary_share: float = Field(0.10, gt=0, le=0.2, description="share of the weight that a canary takes, 0 to 0.2")
+    canary_hours: Positive = Field(6.0, description="hours of bars in which any violation rolls a canary back")
+
     batch_size: int = Field(256, ge=1, le=1024, description="most bars in one commit")
     lease_s: Positive = Field(2.0, description="seconds after which a silent owner is replaced by its standby")
     retain: int = Field(1_000_000, ge=0, description="entries kept per output stream, roughly; 0 keeps all")
@@ -164,6 +168,9 @@ class Settings(BaseSettings):
     )
     quality: Annotated[Mapping[str, QualityLimits], BeforeValidator(read_limits), Frozen] = Field(
         default_factory=dict, description="limits of degenerate votes, for all agents and in tables of single ones"
+    )
+    ensemble: Annotated[EnsembleLimits, BeforeValidator(read_ensemble_limits)] = Field(
+        default_factory=EnsembleLimits, description="bounds of agreement and disagreement, past which an event says so"
     )
 
     @classmethod
@@ -255,7 +262,7 @@ def mask(url: str) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain(entry) for name, entry in value.items()}
-    if isinstance(value, QualityLimits):
+    if isinstance(value, (QualityLimits, EnsembleLimits)):
         return asdict(value)
     if isinstance(value, tuple):
         return list(value)
