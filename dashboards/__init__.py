@@ -1,0 +1,1 @@
+"""The dashboards and alert rules, as code. `python -m dashboards` writes them; only what it writes is used."""

@@ -1,0 +1,198 @@
+"""Unit tests of the alert rules, for `promtool test rules`: each alert once firing and once silent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dashboards.alerts import Alert, pages, tickets
+
+Series = Mapping[str, str]
+"""A series to its values, in promtool's notation: `a+bxn` is a, a+b, ... over n steps; a step is 15 s."""
+
+STEP = "15s"
+STAGE = 'quartet_stage_seconds_count{stage="read"}'
+OK, BELOW = (
+    'quartet_signals_total{action="BUY",status="ok"}',
+    'quartet_signals_total{action="HOLD",status="below_quorum"}',
+)
+ACCEPTED, REJECTED = 'quartet_bars_total{outcome="accepted"}', 'quartet_bars_total{outcome="rejected"}'
+
+
+@dataclass(frozen=True)
+class Case:
+    """`firing` and `silent` series, and when they are looked at; `fills` are what the templates come to."""
+
+    alert: str
+    firing: Series
+    silent: tuple[Series, ...]
+    at: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+    fills: Mapping[str, str] = field(default_factory=dict)
+
+
+def _constant(value: float, steps: int) -> str:
+    return f"{value:g}x{steps}"
+
+
+def _warming(value: int, steps: int) -> dict[str, str]:
+    return {'quartet_agent_state{agent="nhits",state="warming_up"}': _constant(value, steps)}
+
+
+def _state(state: str, value: int) -> dict[str, str]:
+    return {f'quartet_agent_state{{agent="nhits",state="{state}"}}': _constant(value, 60)}
+
+
+CASES = (
+    Case(
+        "QuartetBelowQuorum",
+        {BELOW: "0+1x60", OK: "0x60", **_warming(0, 60)},
+        (
+            {BELOW: "0+1x60", OK: "0+1x60", **_warming(0, 60)},
+            {BELOW: "0+1x60", OK: "0x60", **_warming(1, 60)},
+            {BELOW: "0x60", OK: "0x60", **_warming(0, 60)},
+        ),
+        "10m",
+        fills={"{{ $value | humanizePercentage }}": "100%"},
+    ),
+    Case(
+        "QuartetNoFreshBar",
+        {"quartet_last_bar_timestamp_seconds": "30x60"},
+        (
+            {"quartet_last_bar_timestamp_seconds": "0+15x60"},
+            {"quartet_last_bar_timestamp_seconds": "0x8 120+15x50"},
+        ),
+        "10m",
+    ),
+    Case(
+        "QuartetNoSignals",
+        {ACCEPTED: "0+1x60", OK: "0x60", **_warming(0, 60)},
+        (
+            {ACCEPTED: "0+1x60", OK: "0+1x60", **_warming(0, 60)},
+            {ACCEPTED: "0+1x60", OK: "0x60", **_warming(1, 60)},
+            {ACCEPTED: "0x60", OK: "0x60", **_warming(0, 60)},
+        ),
+        "10m",
+    ),
+    Case(
+        "QuartetWorkerDown",
+        {'up{job="quartet",instance="a"}': "1x10 0x50"},
+        ({'up{job="quartet",instance="a"}': "1x10 0x50", 'up{job="quartet",instance="b"}': "1x60"},),
+        "10m",
+    ),
+    Case(
+        "QuartetWorkerStalled",
+        {STAGE: "0+20x20 400x40"},
+        ({STAGE: "0+20x60"}, {STAGE[:-1] + ',instance="a"}': "0x60", STAGE[:-1] + ',instance="b"}': "0+20x60"}),
+        "10m",
+    ),
+    Case(
+        "QuartetAgentMuted",
+        _state("muted", 1),
+        (_state("muted", 0),),
+        "10m",
+        labels={"agent": "nhits"},
+    ),
+    Case(
+        "QuartetAgentRefused",
+        _state("refused", 1),
+        (_state("refused", 0),),
+        "10m",
+        labels={"agent": "nhits"},
+    ),
+    Case(
+        "QuartetRejects",
+        {ACCEPTED: "0+9x80", REJECTED: "0+1x80"},
+        (
+            {ACCEPTED: "0+99x80", REJECTED: "0+1x80"},
+            # Half of them, but only some 120 in four hours: too few to say.
+            {ACCEPTED: "0+1x60 60x20", REJECTED: "0+1x60 60x20"},
+        ),
+        "20m",
+        fills={"{{ $value | humanizePercentage }}": "10%"},
+    ),
+    Case(
+        "QuartetLagGrowing",
+        {'quartet_stream_lag{stream="quartet:bars"}': "1000+10x160"},
+        (
+            {'quartet_stream_lag{stream="quartet:bars"}': "4000-10x160"},
+            {'quartet_stream_lag{stream="quartet:bars"}': " ".join(["0 5000 2500 0"] * 40)},
+        ),
+        "30m",
+        labels={"stream": "quartet:bars"},
+        # The least of the last five minutes is the sample of 25 minutes, the 101st.
+        fills={"{{ $value }}": "2000"},
+    ),
+    Case(
+        "QuartetStreamLength",
+        {'quartet_stream_length{stream="signals"}': "3000000x160"},
+        ({'quartet_stream_length{stream="signals"}': "1010000x160"},),
+        "30m",
+        labels={"stream": "signals"},
+        fills={"{{ $value | humanize }}": "3M"},
+    ),
+    Case(
+        "QuartetInputLost",
+        {'quartet_bars_total{outcome="lost"}': "0x10 400x280"},
+        ({'quartet_bars_total{outcome="lost"}': "0x290"},),
+        "1h",
+        fills={"{{ $value | humanize }}": "400"},
+    ),
+    Case(
+        "QuartetPoison",
+        {'quartet_rejected_total{stage="intake",reason="poison"}': "0x10 1x280"},
+        ({'quartet_rejected_total{stage="intake",reason="ohlc"}': "0x10 1x280"},),
+        "1h",
+    ),
+    Case(
+        "QuartetAgentsDisagree",
+        {"quartet_ensemble_hard_disagreement_ratio": "0.4x160", OK: "0+10x160"},
+        (
+            {"quartet_ensemble_hard_disagreement_ratio": "0.1x160", OK: "0+10x160"},
+            {"quartet_ensemble_hard_disagreement_ratio": "0.4x160", OK: "0+1x160"},
+        ),
+        "35m",
+        fills={"{{ $value | humanizePercentage }}": "40%"},
+    ),
+    Case(
+        "QuartetAgreementLow",
+        {"quartet_ensemble_agreement_ratio": "0.4x160", OK: "0+10x160"},
+        (
+            {"quartet_ensemble_agreement_ratio": "0.8x160", OK: "0+10x160"},
+            {"quartet_ensemble_agreement_ratio": "0.4x160", OK: "0+1x160"},
+        ),
+        "35m",
+        fills={"{{ $value | humanizePercentage }}": "40%"},
+    ),
+)
+
+
+def rule_tests() -> dict[str, Any]:
+    """The test file. Raises `KeyError` where an alert has no case."""
+    cases = {case.alert: case for case in CASES}
+    tests: list[dict[str, Any]] = []
+    for alert in (*pages(), *tickets()):
+        case = cases.pop(alert.name)
+        tests.append(_test(case, case.firing, [_expected(alert, case)]))
+        tests.extend(_test(case, series, []) for series in case.silent)
+    if cases:
+        raise KeyError(f"cases of alerts that do not exist: {', '.join(cases)}")
+    return {"rule_files": ["rules.yml"], "evaluation_interval": STEP, "tests": tests}
+
+
+def _test(case: Case, series: Series, expected: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "name": f"{case.alert} {'fires' if expected else 'is silent'}",
+        "interval": STEP,
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "alert_rule_test": [{"alertname": case.alert, "eval_time": case.at, "exp_alerts": expected}],
+    }
+
+
+def _expected(alert: Alert, case: Case) -> dict[str, Any]:
+    fills = {**{f"{{{{ $labels.{name} }}}}": value for name, value in case.labels.items()}, **case.fills}
+    annotations = alert.annotations()
+    for template, value in fills.items():
+        annotations = {name: text.replace(template, value) for name, text in annotations.items()}
+    return {"exp_labels": {"severity": alert.severity, **case.labels}, "exp_annotations": annotations}
