@@ -21,6 +21,7 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from streams.contracts import DEFINITIONS
 from streams.messages import AGENTS, Action, AgentState, Reason, Status
 from streams.validation import REASONS
 from worker import quality
@@ -33,6 +34,7 @@ COMMIT_RESULTS = ("ok", "fenced", "unavailable", "lost_reply", "out_of_memory", 
 CRITERIA = tuple(str(criterion) for criterion in quality.CRITERIA)
 ENSEMBLE = ("configured", "loaded", "eligible", "voting")
 WEIGHTS = ("configured", "effective")
+ROLLED_BACK_BY = ("safeguard", "operator")
 CANARY = "_canary"
 """The label of an agent's canary is the agent with this suffix; it exists only while there is one."""
 
@@ -59,6 +61,7 @@ class Metrics:
         self._flags.touch(FLAGS)
         self._rejected = _Counts(registry, "quartet_rejected", "Refused entries", "stage", "reason")
         self._rejected.touch(("intake",), REASONS)
+        self._rejected.touch(("control",), ("order",))
 
     def _declare_agents(self, registry: CollectorRegistry) -> None:
         def gauge(name: str, text: str, *labels: str) -> Gauge:
@@ -71,6 +74,10 @@ class Metrics:
         self._hold = gauge("hold_ratio", "Share of HOLD among recent votes")
         self._stddev = gauge("confidence_stddev", "Standard deviation of the confidence of recent votes")
         self._range = gauge("confidence_p10_p90_range", "Range from the 10th to the 90th percentile of the confidence")
+        self._hit_ratio = gauge("hit_ratio", "Share of BUY and SELL votes that the market moved with, 12 bars later")
+        self._signed_return = gauge("signed_return_mean", "Mean return 12 bars after BUY, or its negative after SELL")
+        self._brier = gauge("brier_score", "Brier score of the confidence of recent votes, 0 is best")
+        self._scored = gauge("scored_votes", "Votes among the last 500 scored bars")
         self._degenerate = gauge("degenerate", "1 where a criterion finds an agent's output degenerate", "criterion")
         self._inference = Histogram(
             "quartet_agent_inference_seconds",
@@ -83,6 +90,7 @@ class Metrics:
             registry, "quartet_agent_votes", "Votes by action, abstentions included", "agent", "action"
         )
         self._abstentions = _Counts(registry, "quartet_agent_abstentions", "Abstentions by reason", "agent", "reason")
+        self._rollbacks = _Counts(registry, "quartet_agent_rollbacks", "Versions that were rolled back", "agent", "by")
 
     def _declare_ensemble(self, registry: CollectorRegistry) -> None:
         self._ensemble = Gauge(
@@ -91,13 +99,20 @@ class Metrics:
         for kind in ENSEMBLE:
             self._ensemble.labels(kind)
         self._agreement = Gauge(
-            "quartet_ensemble_agreement_ratio", "Agreeing among the voting, mean of the last batch", registry=registry
+            "quartet_ensemble_agreement_ratio", "Agreeing among the voting, mean over recent signals", registry=registry
         )
         self._disagreement = Gauge(
             "quartet_ensemble_hard_disagreement_ratio",
-            "Share of the last batch's signals with both a BUY and a SELL among the votes",
+            "Share of recent signals with both a BUY and a SELL among the votes",
             registry=registry,
         )
+        self._drift = Gauge(
+            "quartet_feature_drift",
+            "Distance of recent features from those the scalers were fitted on, in fitted deviations",
+            ("feature",),
+            registry=registry,
+        )
+        self._drifting: frozenset[str] = frozenset()
         self._signals = _Counts(registry, "quartet_signals", "Signals by action and status", "action", "status")
         self._signals.touch((Action.BUY.name, Action.SELL.name), (str(Status.OK),))
         self._signals.touch((Action.HOLD.name,), [str(status) for status in Status if status is not Status.OK])
@@ -129,6 +144,8 @@ class Metrics:
         self._inference.labels(agent)
         self._votes.touch((agent,), [action.name for action in Action])
         self._abstentions.touch((agent,), [str(reason) for reason in Reason])
+        if not agent.endswith(CANARY):
+            self._rollbacks.touch((agent,), ROLLED_BACK_BY)
 
     def remove_agent(self, agent: str) -> None:
         """Remove every series of an agent: of a canary that was promoted or rolled back."""
@@ -183,6 +200,28 @@ class Metrics:
         for criterion in CRITERIA:
             self._degenerate.labels(agent, criterion).set(criterion in hits)
 
+    def scores(
+        self, agent: str, scored: int, hit_ratio: float | None, signed_return: float | None, brier: float | None
+    ) -> None:
+        """What the market did after an agent's votes, or after the signals (`consensus`); None is not known yet."""
+        if self._is_refused(agent):
+            return
+        self._scored.labels(agent).set(scored)
+        figures = ((self._hit_ratio, hit_ratio), (self._signed_return, signed_return), (self._brier, brier))
+        for gauge, value in figures:
+            if value is not None:
+                gauge.labels(agent).set(value)
+
+    def drift(self, distances: Mapping[str, float]) -> None:
+        """Distance by feature; features that are no longer fed to any model go."""
+        for feature in self._drifting - distances.keys():
+            self._drift.remove(feature)
+        for feature, distance in distances.items():
+            if feature not in DEFINITIONS:
+                raise KeyError(f"quartet_feature_drift: {feature!r} is not a feature of any set")
+            self._drift.labels(feature).set(distance)
+        self._drifting = frozenset(distances)
+
     def _is_refused(self, agent: str) -> bool:
         """A refused agent has no gauges of a model, whatever is reported of it."""
         return self._states.get(agent) is AgentState.REFUSED
@@ -196,6 +235,10 @@ class Metrics:
             self._hold,
             self._stddev,
             self._range,
+            self._hit_ratio,
+            self._signed_return,
+            self._brier,
+            self._scored,
             self._degenerate,
         ):
             gauge.remove_by_labels({"agent": agent})
@@ -238,6 +281,10 @@ class Metrics:
         """The time of one batch in a model."""
         self._inference.labels(agent).observe(seconds)
 
+    def rollbacks(self, agent: str, by: str) -> None:
+        """A version of `agent`, mostly a canary, was taken back by one of `ROLLED_BACK_BY`."""
+        self._rollbacks.add(1, agent, by)
+
     def bar_to_signal(self, seconds: Iterable[float]) -> None:
         """One time for each bar of the batch."""
         self._latency.observe(seconds)
@@ -250,7 +297,7 @@ class Metrics:
             self._ensemble.labels(kind).set(n)
 
     def agreement(self, agreement: float, hard_disagreement: float) -> None:
-        """Means over the last batch, 0..1."""
+        """Over the last 500 signals on which at least two voted, 0..1."""
         self._agreement.set(agreement)
         self._disagreement.set(hard_disagreement)
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
+from streams.contracts import DEFINITIONS
 from streams.messages import AGENTS, Action, AgentState, Reason, Status
 from worker.metrics import BUCKETS_S, CRITERIA, OUTCOMES, BatchHistogram, Metrics
 
@@ -28,6 +29,14 @@ CONTRACT = {
     "quartet_agent_confidence_stddev": ({"agent"}, "gauge"),
     "quartet_agent_confidence_p10_p90_range": ({"agent"}, "gauge"),
     "quartet_agent_degenerate": ({"agent", "criterion"}, "gauge"),
+    # Beyond the contract: canaries that were rolled back, the scoreboard, feature drift.
+    "quartet_agent_rollbacks_total": ({"agent", "by"}, "counter"),
+    "quartet_agent_hit_ratio": ({"agent"}, "gauge"),
+    "quartet_agent_signed_return_mean": ({"agent"}, "gauge"),
+    "quartet_agent_brier_score": ({"agent"}, "gauge"),
+    "quartet_agent_scored_votes": ({"agent"}, "gauge"),
+    "quartet_feature_drift": ({"feature"}, "gauge"),
+    "quartet_agent_rollbacks_total": ({"agent", "by"}, "counter"),
     "quartet_agent_inference_seconds": ({"agent"}, "histogram"),
     "quartet_ensemble_agents": ({"kind"}, "gauge"),
     "quartet_ensemble_agreement_ratio": (set(), "gauge"),
@@ -42,7 +51,7 @@ CONTRACT = {
     "quartet_recoveries_total": (set(), "counter"),
 }
 MOST_SERIES = 800
-"""Four agents, everything set, and a canary make about 640; a label that is not closed makes many more."""
+"""Four agents, everything set, and a canary make about 720; a label that is not closed makes many more."""
 
 
 @pytest.fixture
@@ -61,6 +70,7 @@ def describe_model(metrics: Metrics, agent: str) -> None:
     metrics.weights(agent, 0.3, 0.5)
     metrics.quality(agent, top_action=0.6, hold=0.2, stddev=0.1, p10_p90=0.3)
     metrics.degenerate(agent, [])
+    metrics.scores(agent, 500, 0.5, 0.0001, 0.25)
 
 
 def series(registry: CollectorRegistry) -> set[tuple[str, tuple[tuple[str, str], ...]]]:
@@ -71,6 +81,8 @@ def everything(metrics: Metrics) -> None:
     for agent in AGENTS:
         metrics.agent_state(agent, AgentState.ACTIVE)
         describe_model(metrics, agent)
+    metrics.scores("consensus", 500, 0.5, 0.0001, 0.25)
+    metrics.drift(dict.fromkeys(DEFINITIONS, 1.0))
     for stream in ("bars", "features", "signals", *(f"votes:{agent}" for agent in AGENTS)):
         metrics.lag(stream, 1)
         metrics.length(stream, 1)
@@ -137,7 +149,7 @@ def test_gauges_of_a_model_that_is_gone_are_removed_not_frozen(
     before = series(registry)
     metrics.agent_state("nhits", AgentState.ACTIVE)
     describe_model(metrics, "nhits")
-    assert len(series(registry) - before) == 7 + len(CRITERIA)
+    assert len(series(registry) - before) == 11 + len(CRITERIA)
     metrics.agent_state("nhits", state)
     assert series(registry) == before
 
