@@ -76,7 +76,7 @@ def test_sigterm_commits_what_is_in_hand_and_lets_a_standby_in_at_once(stage, va
 
 
 def test_a_standby_that_is_told_to_stop_stops(stage, valkey):
-    stood = stage(valkey, TREES)
+    stood = stage(valkey, TREES, QUARTET_LEASE_S="30")
     owner = stood.start()
     until(lambda: "warming up" in owner.text, owner)
     standby = stood.start()

@@ -1,0 +1,66 @@
+"""The lease is kept by a thread of its own, is lost to another, and is given up where the loop stands still."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from streams.keys import Keys
+from streams.redis import RedisStore, connect
+from streams.store import StoreUnavailableError
+from tests.helpers import wait_for
+from worker.lease import STALLED_S, LeaseKeeper
+
+
+def keeper(store: RedisStore, url: str, heartbeat=time.monotonic) -> LeaseKeeper:
+    return LeaseKeeper(store.with_client(connect(url)).renew, heartbeat, 0.02)
+
+
+def test_a_lease_outlives_its_time_while_the_loop_turns(server, namespace):
+    store = RedisStore(connect(server), Keys(namespace), lease_s=1.0)
+    assert store.acquire()
+    kept = keeper(store, server)
+    kept.start()
+    try:
+        seen = [store.client.pttl(Keys(namespace).lease("chain")) for _ in range(80) if not time.sleep(0.02)]
+        assert min(seen) > 0, "it never ran out in one and a half times its length"
+        assert not RedisStore(connect(server), Keys(namespace)).acquire()
+    finally:
+        kept.stop()
+    wait_for(lambda: RedisStore(connect(server), Keys(namespace)).acquire())
+
+
+def test_a_lease_that_another_holds_is_lost(server, namespace):
+    store = RedisStore(connect(server), Keys(namespace))
+    assert store.acquire()
+    store.client.delete(Keys(namespace).lease("chain"))
+    assert RedisStore(connect(server), Keys(namespace)).acquire()
+    kept = keeper(store, server)
+    kept.start()
+    assert kept.lost.wait(10)
+    kept.stop()
+
+
+def test_a_loop_that_stands_still_lets_the_lease_go():
+    calls = []
+    kept = LeaseKeeper(lambda: bool(calls.append(1)) or True, lambda: time.monotonic() - STALLED_S - 1, 0.001)
+    kept.start()
+    time.sleep(0.05)
+    kept.stop()
+    assert not calls
+
+
+def test_an_outage_is_not_a_lost_lease():
+    tried = threading.Event()
+
+    def renew() -> bool:
+        if tried.is_set():
+            return True
+        tried.set()
+        raise StoreUnavailableError("away")
+
+    kept = LeaseKeeper(renew, time.monotonic, 0.001)
+    kept.start()
+    assert tried.wait(10)
+    kept.stop()
+    assert not kept.lost.is_set()
