@@ -309,6 +309,11 @@ class RedisStore:
             pipe.xadd(key, fields, maxlen=maxlen, approximate=True)
         _guarded(pipe.execute)
 
+    def tail(self, key: str, before: str, count: int) -> list[tuple[str, dict[bytes, bytes]]]:
+        """At most `count` entries of a stream from the newest on; `before` is an ID, `(` excluding it, or `+`."""
+        rows = _guarded(self.client.xrevrange, key, max=before, count=count)
+        return [(entry_id.decode(), fields) for entry_id, fields in rows]
+
     def find(self, pattern: str) -> dict[str, str]:
         """The keys that match a glob, each with its type. Names that are not UTF-8 are left out."""
         return _guarded(find_keys, self.client, pattern)  # type: ignore[no-any-return]

@@ -28,6 +28,11 @@ _OURS = frozenset({"worker", "agents", "streams"})
 _COMMANDS: tuple[tuple[str, str, str], ...] = (
     ("demo", "worker.cli.demo:demo", "See it work: a synthetic market, four models, one minute."),
     ("run", "worker.cli.run:run", "Serve: bars in, votes and signals out, until SIGTERM."),
+    ("check", "worker.cli.check:check", "Say what `run` would do with what is there, without consuming anything."),
+    ("feed", "worker.cli.feed:feed", "An exchange's closed bars onto the stream, history first."),
+    ("record", "worker.cli.record:record", "Every stream into one file, until Ctrl-C."),
+    ("replay", "worker.cli.replay:replay", "A recording or a file of bars again: published, or verified."),
+    ("explain", "worker.cli.explain:explain", "One signal: who voted what, who was left out and why."),
     ("train", "worker.cli.train:train", "Train agents on a file of bars."),
     ("models", "worker.cli.models:app", "Look at the artifacts and steer the agents."),
     ("config", "worker.cli.config:app", "Show and check the settings."),

@@ -1,0 +1,230 @@
+"""`quartet feed` against a local exchange over its real protocol: cuts, duplicates, gaps, restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import redis
+
+from streams.keys import Keys
+from streams.redis import RedisStore, connect
+from streams.store import StoreUnavailableError
+from tests.helpers import environment, wait_for
+from tests.worker.exchange import STEP_MS, Exchange, ohlcv
+from worker.cli.app import invoke
+from worker.feed.exchange import close_exchange, open_exchange
+from worker.feed.publisher import Publisher, read_tail
+from worker.feed.session import Plan, SymbolFeed
+from worker.logs import make_logger
+
+PAIRS = ("BTC/USDT", "ETH/USDT")
+
+
+@pytest.fixture
+def exchange() -> Iterator[Exchange]:
+    with Exchange() as running:
+        yield running
+
+
+@contextmanager
+def feeding(tmp_path: Path, url: str, namespace: str, exchange: Exchange, *more: str) -> Iterator[subprocess.Popen]:
+    """The program as a user starts it; ended by SIGTERM, which it has to survive quietly."""
+    options = tmp_path / "options.json"
+    options.write_text(json.dumps(exchange.options))
+    arguments = ["feed", "--exchange", "binance", "--symbols", ",".join(PAIRS), "--interval", "1s", "--redis", url,
+                 "--namespace", namespace, "--options", str(options), *more]  # fmt: skip
+    with (tmp_path / "feed.log").open("ab") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "worker", *arguments], cwd=tmp_path, env=environment(), stdout=log, stderr=log
+        )
+    try:
+        yield child
+    finally:
+        child.send_signal(signal.SIGTERM)
+        code = child.wait(30)
+    assert code == 0, (tmp_path / "feed.log").read_text()
+    assert "Traceback" not in (tmp_path / "feed.log").read_text()
+
+
+class Stream:
+    """What is on the stream of bars."""
+
+    def __init__(self, url: str, key: str) -> None:
+        self.client = redis.Redis.from_url(url, decode_responses=True)
+        self.key = key
+
+    def added(self) -> int:
+        exists = self.client.exists(self.key)
+        return int(self.client.xinfo_stream(self.key)["entries-added"]) if exists else 0
+
+    def stamps(self, symbol: str) -> list[int]:
+        return [int(f["ts"]) for _, f in self.client.xrange(self.key) if f["symbol"] == symbol]
+
+    def grows(self, bars: int) -> None:
+        """Wait for so many more bars of each symbol."""
+        targets = {pair: len(self.stamps(pair)) + bars for pair in PAIRS}
+        wait_for(lambda: all(len(self.stamps(pair)) >= n for pair, n in targets.items()), 60)
+
+    def check(self) -> None:
+        """Every bar once, none missing, each with its final values."""
+        for pair in PAIRS:
+            stamps = self.stamps(pair)
+            assert stamps == list(range(stamps[0], stamps[-1] + 1, STEP_MS))
+        for _, fields in self.client.xrange(self.key):
+            values = tuple(float(fields[name]) for name in ("open", "high", "low", "close", "volume"))
+            assert values == ohlcv(fields["symbol"].replace("/", ""), int(fields["ts"]))
+            assert fields["interval"] == "1s"
+
+
+def pause() -> None:
+    """Let at least two bars end while the feed is away."""
+    start = time.monotonic()
+    wait_for(lambda: time.monotonic() - start > 2.2 * STEP_MS / 1000)
+
+
+@pytest.fixture
+def stream(valkey: str, namespace: str) -> Stream:
+    return Stream(valkey, f"{namespace}:bars")
+
+
+def test_history_comes_first_then_live_bars_without_a_seam(tmp_path, valkey, namespace, exchange, stream):
+    with feeding(tmp_path, valkey, namespace, exchange, "--history", "450"):
+        stream.grows(453)
+    stream.check()
+    assert len(exchange.requests) >= 2 * 3, "450 bars came in pages of 200"
+
+
+def test_cuts_and_refusals_leave_no_gap_and_no_bar_twice(tmp_path, valkey, namespace, exchange, stream):
+    with feeding(tmp_path, valkey, namespace, exchange, "--history", "20"):
+        stream.grows(22)
+        for refusing in (False, True, False):
+            before = exchange.connections
+            exchange.refusing = refusing
+            exchange.cut()
+            pause()
+            exchange.refusing = False
+            wait_for(lambda before=before: exchange.connections > before, 60)
+            stream.grows(2)
+    stream.check()
+
+
+def test_a_restart_fills_what_was_missed_and_repeats_nothing(tmp_path, valkey, namespace, exchange, stream):
+    with feeding(tmp_path, valkey, namespace, exchange, "--history", "10"):
+        stream.grows(12)
+    away = len(stream.stamps(PAIRS[0]))
+    pause()
+    with feeding(tmp_path, valkey, namespace, exchange, "--history", "10"):
+        stream.grows(5)
+    assert len(stream.stamps(PAIRS[0])) >= away + 5
+    stream.check()
+
+
+def test_maxlen_keeps_the_stream_short(tmp_path, valkey, namespace, exchange, stream):
+    with feeding(tmp_path, valkey, namespace, exchange, "--history", "900", "--maxlen", "300"):
+        wait_for(lambda: stream.added() >= 2 * 898, 60)
+    assert 300 <= stream.client.xlen(stream.key) < 900
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--exchange", "binanse", "--symbols", "BTC/USDT"], "did you mean binance"),
+        (["--exchange", "binance", "--symbols", "BTCUSDT"], "no symbol BTCUSDT; did you mean BTC/USDT"),
+        (["--exchange", "binance", "--symbols", "BTC/USDT", "--interval", "7m"], "no bars of 7m"),
+        (["--exchange", "binance", "--symbols", ","], "--symbols names none"),
+    ],
+)
+def test_a_wrong_request_is_one_line_with_what_was_meant(tmp_path, valkey, exchange, capfd, arguments, text):
+    assert feed_once(tmp_path, valkey, exchange.options, *arguments) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert text in err
+    assert err.count("\n") == 1
+
+
+def test_an_exchange_that_is_not_there_is_exit_code_3(tmp_path, valkey, capfd):
+    options = {"urls": {"api": {"public": "http://127.0.0.1:9"}}, "options": {"fetchMarkets": {"types": ["spot"]}}}
+    assert feed_once(tmp_path, valkey, options, "--exchange", "binance", "--symbols", "BTC/USDT") == 3
+    assert "not reachable" in capfd.readouterr().err
+
+
+def test_without_the_extra_it_says_how_to_install_it(tmp_path, valkey, capfd, monkeypatch):
+    for name in ("ccxt", "ccxt.pro"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert feed_once(tmp_path, valkey, {}, "--exchange", "binance", "--symbols", "BTC/USDT") == 3
+    assert "quartet-worker[feed]" in capfd.readouterr().err
+
+
+def feed_once(tmp_path: Path, url: str, config: dict[str, object], *arguments: str) -> int:
+    """The exit code of a `quartet feed` that ends by itself, without the seconds of imports."""
+    options = tmp_path / "options.json"
+    options.write_text(json.dumps(config))
+    return invoke(["feed", *arguments, "--options", str(options), "--redis", url])
+
+
+@pytest.fixture
+def publisher(valkey: str, namespace: str) -> Publisher:
+    return Publisher(ForgetfulStore(connect(valkey), Keys(namespace)), f"{namespace}:bars", PAIRS, "1s", None)
+
+
+class ForgetfulStore(RedisStore):
+    """A real store whose next reply is lost after the server did what it was told."""
+
+    lose = False
+
+    def append(self, key, entries, *, maxlen=None):
+        super().append(key, entries, maxlen=maxlen)
+        if self.lose:
+            self.lose = False
+            raise StoreUnavailableError("the reply was lost")
+
+
+def rows(*stamps: int) -> list[list[float]]:
+    return [[ts * STEP_MS, *ohlcv("BTCUSDT", ts * STEP_MS)] for ts in stamps]
+
+
+def test_a_write_whose_reply_was_lost_is_not_made_twice(publisher, stream):
+    async def scene() -> None:
+        assert await publisher.publish(PAIRS[0], rows(1, 2)) == 2
+        publisher.store.lose = True
+        with pytest.raises(StoreUnavailableError):
+            await publisher.publish(PAIRS[0], rows(3))
+        assert await publisher.publish(PAIRS[0], rows(2, 3, 4)) == 1
+
+    asyncio.run(scene())
+    assert stream.stamps(PAIRS[0]) == [1000, 2000, 3000, 4000]
+
+
+def test_the_last_bar_of_a_rare_symbol_is_found_far_back(publisher, stream, valkey):
+    async def scene() -> None:
+        await publisher.publish(PAIRS[1], rows(1))
+        await publisher.publish(PAIRS[0], rows(*range(1, 2500)))
+
+    asyncio.run(scene())
+    assert read_tail(publisher.store, publisher.key, (*PAIRS, "NEW"), "1s") == {PAIRS[0]: 2_499_000, PAIRS[1]: 1000}
+    assert read_tail(publisher.store, publisher.key, PAIRS, "1m") == {}
+
+
+def test_a_line_that_stays_silent_is_filled_by_history(publisher, stream, exchange):
+    async def scene() -> None:
+        opened = open_exchange("binance", exchange.options)
+        feed = SymbolFeed(opened, publisher, PAIRS[0], Plan(history=5, silence_s=0.3), make_logger("error"))
+        task = asyncio.ensure_future(feed.run())
+        await asyncio.to_thread(wait_for, lambda: len(stream.stamps(PAIRS[0])) >= 9)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await close_exchange(opened)
+
+    exchange.muted = True
+    asyncio.run(asyncio.wait_for(scene(), 60))
+    stamps = stream.stamps(PAIRS[0])
+    assert stamps == list(range(stamps[0], stamps[-1] + 1, STEP_MS))
