@@ -8,6 +8,9 @@ from worker.quality import WINDOW, QualityLimits
 
 STATES = "Agent states"
 MUTED = "QuartetAgentMuted"
+SCORES = "Scores"
+HORIZON = 12
+"""Bars after which a vote is scored, `worker.scoreboard.HORIZON`: that module takes seconds to import."""
 LIMITS = QualityLimits()
 MINE = 'agent="$agent"'
 
@@ -151,6 +154,49 @@ def _line_three() -> list[tuple[int, int, object]]:
     ]
 
 
+def _line_four() -> list[tuple[int, int, object]]:
+    return [
+        (
+            8,
+            7,
+            chart(
+                "Hit ratio",
+                f"Share of BUY and SELL votes that the market moved with, {HORIZON} bars later, of the last "
+                f"{WINDOW} scored bars. 0.5 is a coin; fewer than {LIMITS.minimum} votes say nothing.",
+                [Query(f"max by (agent) (quartet_agent_hit_ratio{{{MINE}}})", "hit ratio")],
+                unit="percentunit",
+                steps=((None, RED), (0.45, YELLOW), (0.5, GREEN)),
+                top=1,
+                see=SCORES,
+            ),
+        ),
+        (
+            8,
+            7,
+            chart(
+                "Brier score",
+                "Mean squared distance of the confidence from what came true: 0 is best, 0.25 is what 0.5 always gets.",
+                [Query(f"max by (agent) (quartet_agent_brier_score{{{MINE}}})", "Brier score")],
+                unit="none",
+                steps=((None, GREEN), (0.25, YELLOW), (0.35, RED)),
+                see=SCORES,
+            ),
+        ),
+        (
+            8,
+            7,
+            chart(
+                "Scored votes",
+                f"BUY and SELL votes among the last {WINDOW} scored bars: how much the two to the left rest on.",
+                [Query(f"max by (agent) (quartet_agent_scored_votes{{{MINE}}})", "votes")],
+                unit="short",
+                steps=((None, YELLOW), (LIMITS.minimum, GREEN)),
+                see=SCORES,
+            ),
+        ),
+    ]
+
+
 def _overview() -> list[tuple[int, int, object]]:
     return [
         (12, 7, states("All agents", "The state of each agent that is chosen above.", 'agent=~"$agent"', see=STATES)),
@@ -174,6 +220,9 @@ def board() -> Board:
         "quartet-agents",
         "Agents",
         "One row for each agent: state, votes, confidence against the limits, hit ratio, inference time, version",
-        [Row("", [_overview()]), Row("$agent", [_line_one(), _line_two(), _line_three()], repeat="agent")],
+        [
+            Row("", [_overview()]),
+            Row("$agent", [_line_one(), _line_two(), _line_three(), _line_four()], repeat="agent"),
+        ],
         with_agent=True,
     )

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from dashboards.runbook import dashboard_link
+from worker.quality import EnsembleLimits
 
 PAGE, TICKET = "page", "ticket"
 LEAST_EVENTS = 200
+LIMITS = EnsembleLimits()
 GRAFANA = "http://127.0.0.1:3000"
 WARMING_UP = 'max(quartet_agent_state{state="warming_up"}) == 1'
 VERDICT_WINDOWS = ("15m", "4h")
@@ -179,20 +181,38 @@ def tickets() -> list[Alert]:
             "The entry lies in the stream of rejects with the reason poison; it shows a defect.",
         ),
         Alert(
+            "QuartetCanaryRolledBack",
+            TICKET,
+            'sum by (agent) (increase(quartet_agent_rollbacks_total{by="safeguard"}[1h])) > 0',
+            "0s",
+            "The canary of {{ $labels.agent }} was rolled back",
+            "The new version of {{ $labels.agent }} violated a criterion of the safeguard; the former serves on.",
+        ),
+        Alert(
             "QuartetAgentsDisagree",
             TICKET,
-            _verdict("max(avg_over_time(quartet_ensemble_hard_disagreement_ratio[%]))", "> 0.3", signals),
+            _verdict("max(quartet_ensemble_hard_disagreement_ratio)", f"> {LIMITS.hard_disagreement:g}", signals),
             "15m",
-            "BUY against SELL in over 30 % of the signals",
-            "{{ $value | humanizePercentage }} of the signals have both a BUY and a SELL among their votes.",
+            f"BUY against SELL in over {LIMITS.hard_disagreement:.0%} of the signals",
+            "{{ $value | humanizePercentage }} of the last 500 signals have both a BUY and a SELL among their votes.",
         ),
         Alert(
             "QuartetAgreementLow",
             TICKET,
-            _verdict("max(avg_over_time(quartet_ensemble_agreement_ratio[%]))", "< 0.5", signals),
+            _verdict("max(quartet_ensemble_agreement_ratio)", f"< {LIMITS.agreement_low:g}", signals),
             "15m",
-            "Less than half of the voting agents agree",
-            "On average {{ $value | humanizePercentage }} of the voting agents are with the winner.",
+            "The agents agree too rarely",
+            "On average {{ $value | humanizePercentage }} of the voting agents are with the winner: they may see "
+            "different inputs, or one of them noise.",
+        ),
+        Alert(
+            "QuartetAgreementHigh",
+            TICKET,
+            _verdict("max(quartet_ensemble_agreement_ratio)", f"> {LIMITS.agreement_high:g}", signals),
+            "15m",
+            "The agents agree too often",
+            "On average {{ $value | humanizePercentage }} of the voting agents are with the winner: several that say "
+            "the same are no more than one.",
         ),
     ]
 

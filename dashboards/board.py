@@ -51,6 +51,12 @@ MARKS = (
         "{{agent}} {{version}}",
         "blue",
     ),
+    Mark(
+        "Rolled back",
+        "increase(quartet_agent_rollbacks_total[$__rate_interval]) > 0",
+        "{{agent}} rolled back by the {{by}}",
+        "red",
+    ),
 )
 
 

@@ -159,11 +159,31 @@ CASES = (
         "QuartetAgreementLow",
         {"quartet_ensemble_agreement_ratio": "0.4x160", OK: "0+10x160"},
         (
-            {"quartet_ensemble_agreement_ratio": "0.8x160", OK: "0+10x160"},
+            {"quartet_ensemble_agreement_ratio": "0.7x160", OK: "0+10x160"},
             {"quartet_ensemble_agreement_ratio": "0.4x160", OK: "0+1x160"},
         ),
         "35m",
         fills={"{{ $value | humanizePercentage }}": "40%"},
+    ),
+    Case(
+        "QuartetAgreementHigh",
+        {"quartet_ensemble_agreement_ratio": "0.9x160", OK: "0+10x160"},
+        (
+            {"quartet_ensemble_agreement_ratio": "0.7x160", OK: "0+10x160"},
+            {"quartet_ensemble_agreement_ratio": "0.9x160", OK: "0+1x160"},
+        ),
+        "35m",
+        fills={"{{ $value | humanizePercentage }}": "90%"},
+    ),
+    Case(
+        "QuartetCanaryRolledBack",
+        {'quartet_agent_rollbacks_total{agent="nhits",by="safeguard"}': "0x10 1x280"},
+        (
+            {'quartet_agent_rollbacks_total{agent="nhits",by="operator"}': "0x10 1x280"},
+            {'quartet_agent_rollbacks_total{agent="nhits",by="safeguard"}': "1x290"},
+        ),
+        "1h",
+        labels={"agent": "nhits"},
     ),
 )
 

@@ -141,10 +141,25 @@ def board() -> Board:
             ),
         )
     ]
+    drift = [
+        (
+            24,
+            9,
+            chart(
+                "Feature drift",
+                "Distance of the recent features from those that the scalers were fitted on, in fitted deviations: "
+                "1 is a mean one deviation away, or a spread e times as wide or as narrow.",
+                [Query("max by (feature) (quartet_feature_drift)", "{{feature}}")],
+                unit="none",
+                steps=((None, GREEN), (1, YELLOW), (3, RED)),
+                see="Feature drift",
+            ),
+        )
+    ]
     return Board(
         "quartet-feed",
         "Feed and drift",
         "Rejects, duplicates, gaps and flags, the age of bars, and the drift of the features",
-        [Row("", [top, quality[:2], quality[2:], outcomes])],
+        [Row("", [top, quality[:2], quality[2:], outcomes, drift])],
         with_interval=True,
     )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dashboards.board import Board, Row
 from dashboards.panels import GREEN, PLAIN, RED, YELLOW, Query, chart, figure, share, states
+from worker.quality import EnsembleLimits
 
 READING = "Reading the signal"
 AGREEMENT = "QuartetAgentsDisagree"
+LIMITS = EnsembleLimits()
 
 SIGNALS = "sum(rate(quartet_signals_total[$__rate_interval]))"
 AGE = "time() - max(quartet_last_bar_timestamp_seconds > 0)"
@@ -103,12 +105,13 @@ def board() -> Board:
             8,
             chart(
                 "Agreement",
-                "Agreeing among the voting agents, mean of the last batch.",
+                "Agreeing among the voting agents, mean of the last 500 signals with at least two. "
+                f"Its place is from {LIMITS.agreement_low:.0%} to {LIMITS.agreement_high:.0%}.",
                 [Query("max(quartet_ensemble_agreement_ratio)", "agreement")],
                 unit="percentunit",
-                steps=((None, RED), (0.5, YELLOW), (0.75, GREEN)),
+                steps=((None, RED), (LIMITS.agreement_low, GREEN), (LIMITS.agreement_high, YELLOW)),
                 top=1,
-                see=AGREEMENT,
+                see="QuartetAgreementLow",
             ),
         ),
         (
@@ -116,10 +119,11 @@ def board() -> Board:
             8,
             chart(
                 "Hard disagreement",
-                "Share of the last batch's signals with both a BUY and a SELL among the votes.",
+                "Share of the last 500 signals with both a BUY and a SELL among the votes. "
+                f"Over {LIMITS.hard_disagreement:.0%} is a ticket.",
                 [Query("max(quartet_ensemble_hard_disagreement_ratio)", "BUY against SELL")],
                 unit="percentunit",
-                steps=((None, GREEN), (0.3, YELLOW), (0.5, RED)),
+                steps=((None, GREEN), (LIMITS.hard_disagreement, RED)),
                 top=1,
                 see=AGREEMENT,
             ),
