@@ -14,6 +14,7 @@ from structlog.typing import FilteringBoundLogger
 from agents.artifacts import Loading, LoadOptions, load_agent
 from streams import embedded
 from streams.codec import StateCorruptError
+from streams.contracts import V3
 from streams.formats import FormatReader, InputRule
 from streams.inputs import Inputs
 from streams.keys import Keys
@@ -24,6 +25,7 @@ from worker.http import HttpServer, Probes
 from worker.lease import LeaseKeeper
 from worker.metrics import Metrics
 from worker.notify import Notifier
+from worker.page import Page
 from worker.pipeline import Pipeline, agents_in_use
 from worker.sensors import Sensors
 from worker.service import Options, Worker
@@ -190,9 +192,12 @@ def serve(settings: Settings, options: Options, log: FilteringBoundLogger) -> No
         status = Status(settings.agents, settings.quorum)
         registry = CollectorRegistry()
         sensors = Sensors(Metrics(registry, settings.agents))
-        probes = Probes(registry, lambda: status.heartbeat, status.readiness, heartbeat_limit_s=30.0)
+        page = Page(
+            connect(url), keys, status.readiness, quorum=settings.quorum, warmup_bars=settings.warmup_bars[V3.name]
+        )
+        probes = Probes(registry, lambda: status.heartbeat, status.readiness, heartbeat_limit_s=30.0, site=page.answer)
         http = HttpServer(probes, settings.http_host, settings.http_port)
-        log.info("metrics and health", url=http.url)
+        log.info("metrics and health", url=http.url, page=f"{http.url}/")
         try:
             in_use = artifacts_in_use(store, rebuild=options.rebuild)
             loadings = load_agents(settings, in_use, log)
@@ -210,4 +215,5 @@ def serve(settings: Settings, options: Options, log: FilteringBoundLogger) -> No
             twin = store.with_client(connect(url))
             worker.run(LeaseKeeper(twin.renew, lambda: status.heartbeat, settings.lease_s / 4))
         finally:
+            page.close()
             http.close()

@@ -1,4 +1,4 @@
-"""One port for Prometheus and for probes: `/metrics`, `/healthz`, `/readyz`, and a plain index.
+"""One port for Prometheus, for probes and for a page: `/metrics`, `/healthz`, `/readyz`; the rest is a `Site`'s.
 
 It knows nothing of the pipeline: it is given callables and asks them at each request, from its own
 threads. A client that is slow or sends nonsense costs one of `MAX_CLIENTS` threads for at most
@@ -10,11 +10,11 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 from prometheus_client import CollectorRegistry
@@ -63,23 +63,47 @@ class Readiness:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    status: HTTPStatus
+    content_type: str
+    body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class Chunks(Protocol):
+    """Bytes to send, as they come. `close` is called once, whether or not they were begun."""
+
+    def __iter__(self) -> Iterator[bytes]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """An answer that goes on until `chunks` end or the client hangs up."""
+
+    content_type: str
+    chunks: Chunks
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+Site = Callable[[str], Answer | Stream | None]
+"""The answer to a GET of a path with its query; None where nothing is there."""
+
+
+@dataclass(frozen=True, slots=True)
 class Probes:
     """What the server asks. Each is called from a request's thread and must not block.
 
-    `heartbeat` gives `time.monotonic()` of the loop's last turn; `readiness` how things stand now.
+    `heartbeat` gives `time.monotonic()` of the loop's last turn; `readiness` how things stand now;
+    `site` answers what is not for a machine, in place of the plain index.
     """
 
     registry: CollectorRegistry
     heartbeat: Callable[[], float]
     readiness: Callable[[], Readiness]
     heartbeat_limit_s: float = HEARTBEAT_LIMIT_S
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    status: HTTPStatus
-    content_type: str
-    body: bytes
+    site: Site | None = None
 
 
 class HttpServer:
@@ -157,23 +181,39 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  the base class's name
         """Probes come every few seconds; they are no news."""
 
-    def _answer(self) -> Answer:
+    def _answer(self) -> Answer | Stream:
+        probes = self.server.probes
         route = _ROUTES.get(self.path.partition("?")[0])
-        if route is None:
-            return Answer(HTTPStatus.NOT_FOUND, _TEXT, b"not found; see /\n")
         try:
-            return route(self.server.probes, self.headers.get("Accept", ""))
+            if route is not None:
+                return route(probes, self.headers.get("Accept", ""))
+            found = probes.site(self.path) if probes.site else _index(self.path)
+            return found or Answer(HTTPStatus.NOT_FOUND, _TEXT, b"not found; see /\n")
         except Exception as error:  # noqa: BLE001  a probe that fails is the answer, not a reason to hang up
             return Answer(HTTPStatus.INTERNAL_SERVER_ERROR, _TEXT, f"{type(error).__name__}: {error}\n".encode())
 
-    def _send(self, answer: Answer, *, with_body: bool) -> None:
-        self.send_response(answer.status)
-        self.send_header("Content-Type", answer.content_type)
-        self.send_header("Content-Length", str(len(answer.body)))
-        self.send_header("Cache-Control", "no-store")
-        self.end_headers()
+    def _send(self, answer: Answer | Stream, *, with_body: bool) -> None:
+        if isinstance(answer, Stream):
+            self._stream(answer, with_body=with_body)
+            return
+        self._head(answer.status, answer, {"Content-Length": str(len(answer.body))})
         if with_body:
             self.wfile.write(answer.body)
+
+    def _stream(self, stream: Stream, *, with_body: bool) -> None:
+        try:
+            self._head(HTTPStatus.OK, stream, {})
+            for chunk in stream.chunks if with_body else ():
+                self.wfile.write(chunk)
+        finally:
+            stream.chunks.close()
+
+    def _head(self, status: HTTPStatus, answer: Answer | Stream, more: Mapping[str, str]) -> None:
+        self.send_response(status)
+        plain = {"Content-Type": answer.content_type, "Cache-Control": "no-store"}
+        for name, value in {**plain, **answer.headers, **more}.items():
+            self.send_header(name, value)
+        self.end_headers()
 
 
 def _metrics(probes: Probes, accept: str) -> Answer:
@@ -195,7 +235,10 @@ def _readyz(probes: Probes, _: str) -> Answer:
     return Answer(status, _JSON, orjson.dumps(readiness.body(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 
 
-def _index(_probes: Probes, _: str) -> Answer:
+def _index(path: str) -> Answer | None:
+    """What is here, for a server without a site."""
+    if path.partition("?")[0] != "/":
+        return None
     lines = (
         "quartet",
         "/metrics  for Prometheus",
@@ -206,7 +249,6 @@ def _index(_probes: Probes, _: str) -> Answer:
 
 
 _ROUTES: Mapping[str, Callable[[Probes, str], Answer]] = {
-    "/": _index,
     "/metrics": _metrics,
     "/healthz": _healthz,
     "/readyz": _readyz,

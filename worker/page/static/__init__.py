@@ -1,0 +1,1 @@
+"""What the browser gets, as it is: no build step, and nothing from anywhere else."""
