@@ -24,7 +24,7 @@ from streams import embedded
 from streams.keys import Keys
 from streams.messages import AGENTS
 from worker.demo import show
-from worker.demo.children import Child, child
+from worker.demo.children import Child, child, tail
 from worker.demo.follow import Observer, View, tally, wait_until
 from worker.demo.scene import Scene
 from worker.errors import Unavailable
@@ -33,6 +33,8 @@ START_LIMIT_S = 120.0
 """Imports, compiled kernels and four models, on a machine that has other work."""
 IDLE_S = 120
 """A worker whose demonstration was killed ends by itself after that long."""
+STALL_S = 60.0
+"""No bar answered for so long means that something is broken, and waiting on would hide it."""
 REFRESH_S = 0.2
 LINE_EVERY_S = 3.0
 
@@ -202,6 +204,7 @@ def _feed(stage: Stage, url: str) -> contextlib.AbstractContextManager[Child]:
 def _follow(stage: Stage, observer: Observer, children: tuple[Child, Child]) -> show.Outcome:
     """Watch until every bar that was published at once has been answered, then count."""
     scene, total, seconds = stage.scene, stage.scene.bars_in, 0.0
+    seen, moved = 0, time.monotonic()
     with _screen(stage) as screen:
         while True:
             _alive(children, keep=scene.keep)
@@ -211,6 +214,13 @@ def _follow(stage: Stage, observer: Observer, children: tuple[Child, Child]) -> 
             screen(view, total, seconds)
             if view.consumed >= total:
                 break
+            if view.consumed > seen:
+                seen, moved = view.consumed, time.monotonic()
+            if time.monotonic() - moved > STALL_S:
+                raise Unavailable(
+                    f"the worker has answered no bar for {STALL_S:.0f} s, {seen:,} of {total:,} so far; "
+                    f"{children[0].log} ends: {tail(children[0].log)}"
+                )
             time.sleep(REFRESH_S)
     metrics = scene.directory / "metrics.txt"
     counted = tally(observer.client, stage.keys)
