@@ -15,10 +15,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from streams.messages import Action, AgentState, Reason
+from streams.messages import Action, AgentState, Reason, bar_id
+from streams.validation import interval_ms, missing_bars
 from worker.batches import STATE_CODE
 from worker.qsc import FAILURES, Safeguard, Watched, kind_of
 from worker.quality import CRITERIA, QualityLimits
+from worker.scoreboard import HORIZON, Scores, is_right, scores_of
+from worker.stretch import Close, Stretch
 
 Outcome = Literal["PASS", "FAIL", "INSUFFICIENT"]
 
@@ -132,3 +135,30 @@ def _finding(place: int, stretch: list[Mapping[str, Any]], seen: Watched, limits
         violated=len(violating) > 0,
         bar_id=str(stretch[violating[0]]["bar_id"]) if len(violating) else "",
     )
+
+
+def score(stretch: Stretch, threshold: float) -> Scores:
+    """The scoreboard of a stretch, by the rules of `worker.scoreboard`; `threshold` is a fraction of the price."""
+    returns = _returns(stretch.bars)
+    scored = [
+        (Action[vote["action"]], vote["confidence"], returns[vote["bar_id"]])
+        for vote in stretch.votes
+        if vote["action"] != Action.ABSTAIN.name and vote["bar_id"] in returns
+    ]
+    action = np.array([a for a, _, _ in scored], np.int8)
+    confidence = np.array([c for _, c, _ in scored], np.float64)
+    moved = np.array([r for _, _, r in scored], np.float64)
+    return scores_of(action, confidence, moved, is_right(action, moved, threshold))
+
+
+def _returns(bars: Mapping[tuple[str, str], list[Close]]) -> dict[str, float]:
+    """By `bar_id` the return over the twelve bars after it, where none of them is missing."""
+    found: dict[str, float] = {}
+    for (symbol, interval), seen in bars.items():
+        step, run = interval_ms(interval), 0
+        for place in range(1, len(seen)):
+            run = 0 if missing_bars(seen[place - 1].ts, seen[place].ts, step) else run + 1
+            if run >= HORIZON:
+                then = seen[place - HORIZON]
+                found[bar_id(symbol, interval, then.ts)] = seen[place].close / then.close - 1.0
+    return found

@@ -116,12 +116,7 @@ class Scoreboard:
         """Score what `then` said by the `returns` that came, in order."""
         items = np.zeros(len(returns), _SCORED)
         items["return"], items["action"], items["confidence"] = returns, then["action"], then["confidence"]
-        r, action = returns[:, None], then["action"]
-        items["right"] = np.select(
-            [action == Action.BUY, action == Action.SELL, action == Action.HOLD],
-            [r > 0, r < 0, np.abs(r) <= thresholds],
-            default=False,
-        )
+        items["right"] = is_right(then["action"], returns[:, None], thresholds)
         count = int(self._scored.state["count"][0])
         kept = items[-self._window :]
         places = np.arange(count + len(items) - len(kept), count + len(items)) % self._window
@@ -133,19 +128,8 @@ class Scoreboard:
         """The scores of one of `SLOTS` over the window."""
         held = min(int(self._scored.state["count"][0]), self._window)
         items, slot = self._scored.ring[0, :held], SLOTS.index(agent)
-        action = items["action"][:, slot]
-        named = action != Action.ABSTAIN
-        acted = named & (action != Action.HOLD)
-        right = items["right"][:, slot].astype(np.float64)
-        signed = np.where(action == Action.BUY, items["return"], -items["return"])[acted]
-        misses = (items["confidence"][:, slot] - right)[named]
-        return Scores(
-            scored=int(named.sum()),
-            acted=int(acted.sum()),
-            hit_ratio=float(right[acted].mean()) if acted.any() else None,
-            signed_return_mean=float(signed.mean()) if acted.any() else None,
-            brier_score=float((misses**2).mean()) if named.any() else None,
-        )
+        votes = items["action"][:, slot], items["confidence"][:, slot]
+        return scores_of(*votes, items["return"], items["right"][:, slot])
 
     # ------------------------------------------------------------------ storage
 
@@ -169,6 +153,37 @@ class Scoreboard:
         self._scored.reserve(1)
         self._bars.clear()
         self._new = 0
+
+
+def is_right(
+    action: NDArray[np.int8], returns: NDArray[np.float64], thresholds: NDArray[np.float64] | float
+) -> NDArray[np.bool_]:
+    """Whether each action was what the market then did; an abstention never is."""
+    return np.select(
+        [action == Action.BUY, action == Action.SELL, action == Action.HOLD],
+        [returns > 0, returns < 0, np.abs(returns) <= thresholds],
+        default=False,
+    )
+
+
+def scores_of(
+    action: NDArray[np.int8],
+    confidence: NDArray[np.float64],
+    returns: NDArray[np.float64],
+    right: NDArray[np.bool_] | NDArray[np.int8],
+) -> Scores:
+    """The scores of N votes and abstentions, `[N]` each."""
+    named = action != Action.ABSTAIN
+    acted = named & (action != Action.HOLD)
+    signed = np.where(action == Action.BUY, returns, -returns)[acted]
+    misses = (confidence - right)[named]
+    return Scores(
+        scored=int(named.sum()),
+        acted=int(acted.sum()),
+        hit_ratio=float(right[acted].mean()) if acted.any() else None,
+        signed_return_mean=float(signed.mean()) if acted.any() else None,
+        brier_score=float((misses**2).mean()) if named.any() else None,
+    )
 
 
 def threshold_of(model: Model) -> float:
