@@ -31,11 +31,12 @@ from streams import embedded
 from streams.keys import Keys
 from streams.messages import Bar
 from streams.redis import RedisStore, connect
-from worker.assembly import load_agents, pipeline_factory
+from worker.assembly import load_agents, load_options, pipeline_factory
 from worker.demo.publisher import publish
 from worker.demo.scene import rounds
 from worker.lease import LeaseKeeper
 from worker.metrics import Metrics
+from worker.reload import Shelf
 from worker.sensors import Sensors
 from worker.service import Options, Worker
 from worker.settings import Settings
@@ -67,7 +68,7 @@ class Clock(Sensors):
             self.ended = ended
 
 
-def work(settings: Settings, loadings: list[Loading]) -> Clock:
+def work(settings: Settings, shelf: Shelf) -> Clock:
     """Let a worker consume all there is."""
     client = connect(settings.redis)
     store = RedisStore(client, Keys(settings.namespace))
@@ -75,8 +76,9 @@ def work(settings: Settings, loadings: list[Loading]) -> Clock:
     worker = Worker(
         settings,
         store,
-        pipeline_factory(settings, loadings),
-        loadings,
+        pipeline_factory(settings),
+        shelf,
+        {},
         sensors=clock,
         status=status,
         log=structlog.wrap_logger(structlog.testing.ReturnLogger(), processors=[lambda *_: ""]),
@@ -86,16 +88,16 @@ def work(settings: Settings, loadings: list[Loading]) -> Clock:
     return clock
 
 
-def one_run(url: str, name: str, batch: int, bars: int, loadings: list[Loading]) -> dict[str, float]:
+def one_run(url: str, name: str, batch: int, bars: int, shelf: Shelf) -> dict[str, float]:
     """Seconds of each stage, and of the whole from the first read to the last commit."""
     minutes: Iterator[list[Bar]] = rounds(0, SYMBOLS, WARM_ROUNDS + bars // SYMBOLS, LAST_TS)
     settings = Settings(redis=url, namespace=name, models=demo_models(), batch_size=256)
     key = Keys(name).bars
     with connect(url) as client:
         publish(client, key, islice(minutes, WARM_ROUNDS))
-        work(settings, loadings)
+        work(settings, shelf)
         publish(client, key, islice(minutes, bars // SYMBOLS))
-        clock = work(settings.model_copy(update={"batch_size": batch}), loadings)
+        clock = work(settings.model_copy(update={"batch_size": batch}), shelf)
         assert client.xlen(Keys(name).signals) == SYMBOLS * (WARM_ROUNDS - 99) + bars
     return {**clock.stages, "whole": clock.ended - clock.began}
 
@@ -113,12 +115,14 @@ def models_alone(loadings: list[Loading], batch: int) -> float:
 
 def measure(runs: int, scale: float) -> list[dict]:
     quiet = structlog.wrap_logger(structlog.testing.ReturnLogger(), processors=[lambda *_: ""])
-    loadings = load_agents(Settings(models=demo_models()), {}, quiet)
+    settings = Settings(models=demo_models())
+    shelf = Shelf(settings.models, load_options(settings))
+    loadings = load_agents(settings, {}, shelf, quiet)
     found = []
     with tempfile.TemporaryDirectory() as directory, embedded.start(Path(directory)) as server:
         for batch, full in BARS.items():
             bars = max(SYMBOLS, round(full * scale) // SYMBOLS * SYMBOLS)
-            done = [one_run(server.url, f"b{batch}r{run}", batch, bars, loadings) for run in range(runs)]
+            done = [one_run(server.url, f"b{batch}r{run}", batch, bars, shelf) for run in range(runs)]
             us = {stage: median(one[stage] for one in done) / bars * 1e6 for stage in done[0]}
             own = models_alone(loadings, batch)
             whole = us.pop("whole")

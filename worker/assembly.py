@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import redis
 from prometheus_client import CollectorRegistry
 from structlog.typing import FilteringBoundLogger
 
-from agents.artifacts import Loading, LoadOptions, load_agent
+from agents.artifacts import Loading, LoadOptions
 from streams import embedded
 from streams.codec import StateCorruptError
 from streams.contracts import V3
@@ -26,7 +26,9 @@ from worker.lease import LeaseKeeper
 from worker.metrics import Metrics
 from worker.notify import Notifier
 from worker.page import Page
-from worker.pipeline import Pipeline, agents_in_use
+from worker.pipeline import Pipeline
+from worker.reload import Shelf
+from worker.roster import Record, records_of
 from worker.sensors import Sensors
 from worker.service import Options, Worker
 from worker.settings import EMBEDDED, Settings, mask
@@ -76,14 +78,16 @@ def use_kernel_cache(state_dir: Path) -> None:
     os.environ.setdefault("NUMBA_CACHE_DIR", str(state_dir.resolve() / "numba"))
 
 
-def load_agents(settings: Settings, in_use: dict[str, str | None], log: FilteringBoundLogger) -> list[Loading]:
-    """Load and probe every configured agent, one log line each.
+def load_agents(
+    settings: Settings, records: Mapping[str, Record], shelf: Shelf, log: FilteringBoundLogger
+) -> list[Loading]:
+    """Load and probe what serves for every configured agent, one log line each.
 
     Raises `CheckFailed` where not one of them has a model that may vote.
     """
     loadings = []
     for agent in settings.agents:
-        loading = load_agent(settings.models, agent, load_options(settings), in_use.get(agent))
+        loading = shelf.serving(agent, records.get(agent, Record()))
         loadings.append(loading)
         _tell(loading, log)
     if all(loading.model is None for loading in loadings):
@@ -97,16 +101,16 @@ def load_agents(settings: Settings, in_use: dict[str, str | None], log: Filterin
 
 
 def _tell(loading: Loading, log: FilteringBoundLogger) -> None:
-    model = loading.model
+    model, candidate = loading.model, loading.candidate
     if model is None:
         refusal = loading.refusal
-        file = loading.candidate.file.name if loading.candidate else None
         log.error(
             "agent refused",
             agent=loading.agent,
             reason=str(refusal.reason) if refusal else "",
             detail=refusal.detail if refusal else "",
-            file=file,
+            file=candidate.file.name if candidate else None,
+            **{name: loading.facts[name] for name in ("architecture", "input_shape") if name in loading.facts},
         )
         return
     log.info(
@@ -114,29 +118,36 @@ def _tell(loading: Loading, log: FilteringBoundLogger) -> None:
         agent=loading.agent,
         file=model.file.name,
         version=model.version,
+        generation=candidate.generation if candidate else None,
         architecture=model.architecture,
         input_shape=model.input_shape,
         outputs=model.outputs,
         parameters=model.parameters,
-        scaler="none" if model.scaler is None else loading.facts.get("scaler", "yes"),
+        scaler="none" if model.scaler is None else type(model.scaler).__name__,
+        feature_set=model.feature_set,
         contract=model.contract[:12],
+        sha256=model.sha256[:12],
         probe="passed",
         detail=model.detail or None,
     )
 
 
-def pipeline_factory(settings: Settings, loadings: Sequence[Loading]) -> Callable[[], Pipeline]:
-    """Makes fresh pipelines over the same loaded models."""
-    seats = [Seat(x.agent, settings.weights[x.agent], x.model, x.refusal) for x in loadings]
+def pipeline_factory(settings: Settings) -> Callable[[Sequence[Seat]], Pipeline]:
+    """Makes fresh pipelines over given seats."""
 
-    def make() -> Pipeline:
+    def make(seats: Sequence[Seat]) -> Pipeline:
         return Pipeline(
             seats,
             quorum=settings.quorum,
             limits=limits_of(settings),
             warmup_bars=settings.warmup_bars,
             window_capacity=settings.window_capacity,
-            several_keys=len(settings.input_keys) > 1,
+            quality=settings.quality,
+            ensemble=settings.ensemble,
+            reader=FormatReader(rules_of(settings)),
+            canary_share=settings.canary_share,
+            canary_period_ms=round(settings.canary_hours * 3_600_000),
+            several_keys=Inputs(settings.input_keys, settings.namespace).several,
         )
 
     return make
@@ -170,10 +181,10 @@ def open_client(url: str) -> redis.Redis:
     return client
 
 
-def artifacts_in_use(store: RedisStore, *, rebuild: bool) -> dict[str, str | None]:
-    """The committed artifact hash of each agent; none with `rebuild` where it cannot be read."""
+def stored_records(store: RedisStore, *, rebuild: bool) -> dict[str, Record]:
+    """What the state says that serves; nothing with `rebuild` where it cannot be read."""
     try:
-        return {name: pair[0] for name, pair in agents_in_use(store.load(("agents",)).state).items()}
+        return records_of(store.load(("agents",)).state["agents"])
     except StateCorruptError:
         if not rebuild:
             raise
@@ -199,13 +210,15 @@ def serve(settings: Settings, options: Options, log: FilteringBoundLogger) -> No
         http = HttpServer(probes, settings.http_host, settings.http_port)
         log.info("metrics and health", url=http.url, page=f"{http.url}/")
         try:
-            in_use = artifacts_in_use(store, rebuild=options.rebuild)
-            loadings = load_agents(settings, in_use, log)
+            shelf = Shelf(settings.models, load_options(settings))
+            records = stored_records(store, rebuild=options.rebuild)
+            load_agents(settings, records, shelf, log)
             worker = Worker(
                 settings,
                 store,
-                pipeline_factory(settings, loadings),
-                loadings,
+                pipeline_factory(settings),
+                shelf,
+                records,
                 sensors=sensors,
                 status=status,
                 log=log,

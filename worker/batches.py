@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,8 @@ STATE_CODE = {state: code for code, state in enumerate(STATES)}
 class Vectors:
     """Feature vectors of N accepted bars. `values` `[N, F]` in the order of `names`, NaN where undefined.
 
-    `ready` maps a feature set to bool `[N]`; `index` `[R]` are the rows that are voted on.
+    `ready` maps a feature set to bool `[N]`; `index` `[R]` are the rows that are voted on. `leaves` maps
+    a feature set that nothing reads any more to the last row, of the N, on which something did.
     """
 
     accepted: Accepted
@@ -29,6 +30,7 @@ class Vectors:
     values: NDArray[np.float64]
     ready: Mapping[str, NDArray[np.bool_]]
     index: NDArray[np.int64]
+    leaves: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Ballot:
     """One agent's votes on the R ready rows of a batch.
 
     `action` codes of `Action`, `confidence` in 0..1, `outputs` `[R, K]` raw (None without a model; a
-    row of an abstention without outputs has `answered` False), `state` codes into `STATES`.
+    row of an abstention without outputs has `answered` False), `state` codes into `STATES`. `present`
+    bool `[R]`, None for all: a canary that was rolled back has no vote after that row.
     """
 
     agent: str
@@ -48,6 +51,12 @@ class Ballot:
     answered: NDArray[np.bool_]
     state: NDArray[np.int8]
     reason: tuple[str | None, ...]
+    present: NDArray[np.bool_] | None = None
+
+    @property
+    def rows(self) -> list[int]:
+        """The rows, of the R, that carry a vote."""
+        return list(range(len(self.action))) if self.present is None else np.flatnonzero(self.present).tolist()
 
 
 @dataclass(frozen=True)

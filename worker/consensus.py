@@ -16,7 +16,7 @@ from worker.batches import STATE_CODE, Ballot, Signals
 
 TIE = 1e-12
 CANARY_SHARE = 0.10
-"""The share of the weight that a canary takes, the others sharing the rest in proportion."""
+"""The share of the weight that a canary takes unless set, the others sharing the rest in proportion."""
 
 _UNLOADED = (STATE_CODE[AgentState.LOADING], STATE_CODE[AgentState.REFUSED])
 _ACTIVE = STATE_CODE[AgentState.ACTIVE]
@@ -31,11 +31,13 @@ def decide(
     quorum: int,
     withheld: NDArray[np.bool_],
     stale: NDArray[np.bool_],
+    canary_share: float = CANARY_SHARE,
 ) -> Signals:
     """One signal for each of R rows, from the ballots of all agents in their fixed order.
 
     `configured` is the number of agents in the settings; canaries and shadows come as further
-    ballots. `withheld` and `stale` `[R]` say on which rows the feed or the bar forbids a signal.
+    ballots, which abstain on rows without a vote of theirs; a canary weighs `canary_share`.
+    `withheld` and `stale` `[R]` say on which rows the feed or the bar forbids a signal.
     """
     action = np.stack([b.action for b in ballots], axis=1)
     confidence = np.stack([b.confidence for b in ballots], axis=1)
@@ -44,7 +46,7 @@ def decide(
     counts = np.array([not b.agent.endswith("_canary") for b in ballots])
     voting = named & (state == _ACTIVE)
     canary = named & (state == _CANARY)
-    effective = effective_weights(np.array([b.weight for b in ballots]), voting, canary)
+    effective = effective_weights(np.array([b.weight for b in ballots]), voting, canary, canary_share)
 
     winner, tied = _winner(action, effective)
     agrees = (action == winner[:, None]) & (voting | canary) & ~tied[:, None]
@@ -69,15 +71,18 @@ def decide(
 
 
 def effective_weights(
-    weights: NDArray[np.float64], voting: NDArray[np.bool_], canary: NDArray[np.bool_]
+    weights: NDArray[np.float64],
+    voting: NDArray[np.bool_],
+    canary: NDArray[np.bool_],
+    canary_share: float = CANARY_SHARE,
 ) -> NDArray[np.float64]:
     """The configured weights renormalised over the voting `[R, A]`; a canary's share comes first."""
     base = np.where(voting, weights, 0.0)
     total = _sum_columns(base)
     share = np.divide(base, total[:, None], out=np.zeros_like(base), where=total[:, None] > 0)
     canaries = canary.sum(axis=1)
-    taken = np.where(total > 0, CANARY_SHARE * canaries, 0.0)
-    return np.where(canary, CANARY_SHARE, share * (1.0 - taken)[:, None])
+    taken = np.where(total > 0, canary_share * canaries, 0.0)
+    return np.where(canary, canary_share, share * (1.0 - taken)[:, None])
 
 
 def _winner(action: NDArray[np.int8], effective: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

@@ -6,18 +6,28 @@ from collections.abc import Sequence
 
 from streams.codec import encode_event, encode_reject, to_json
 from streams.keys import Keys
-from streams.messages import Event
+from streams.messages import Event, Reject
 from streams.store import Commit, Output, Position
 from worker.pipeline import Result, feature_messages, signal_messages, vote_messages
 
 
-def commit_of(keys: Keys, result: Result, position: Position, further_events: Sequence[Event] = ()) -> Commit:
-    """Outputs, rejects, events, state and position of one batch."""
+def commit_of(
+    keys: Keys,
+    result: Result,
+    position: Position,
+    further_events: Sequence[Event] = (),
+    further_rejects: Sequence[Reject] = (),
+) -> Commit:
+    """Outputs, rejects, events, state and position of one batch; `further` ones come first."""
     ids = result.voted_ids
     outputs = [
         Output(keys.features, result.accepted.ids, [to_json(m) for m in feature_messages(result.vectors)]),
         *(
-            Output(keys.votes(ballot.agent), ids, [to_json(m) for m in vote_messages(result.voted_bars, ballot)])
+            Output(
+                keys.votes(ballot.agent),
+                [ids[row] for row in ballot.rows],
+                [to_json(m) for m in vote_messages(result.voted_bars, ballot)],
+            )
             for ballot in result.ballots
         ),
         Output(keys.signals, ids, [to_json(m) for m in signal_messages(result)]),
@@ -26,10 +36,11 @@ def commit_of(keys: Keys, result: Result, position: Position, further_events: Se
         position=position,
         outputs=outputs,
         appends={
-            keys.rejected: [encode_reject(reject) for reject in result.rejects],
+            keys.rejected: [encode_reject(reject) for reject in [*further_rejects, *result.rejects]],
             keys.events: encoded_events([*further_events, *result.events]),
         },
         state=result.state,
+        drops=result.drops,
     )
 
 

@@ -8,27 +8,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from streams.codec import seal, unseal
-from streams.contracts import FEATURE_SETS, V3, FeatureSet
+from agents.agent import Model
+from streams.contracts import FEATURE_SETS, V3, FeatureSet, union
 from streams.formats import FormatReader
-from streams.messages import Action, AgentState, Bar, Entry, Event, Reject
+from streams.messages import Action, AgentState, Bar, Entry, Event, Reason, Reject
 from streams.validation import Limits
-from worker import consensus
+from worker import consensus, trials
 from worker.batches import STATES, Ballot, Signals, Vectors
+from worker.ensemble import EnsembleWatch
 from worker.features.bank import FeatureBank
 from worker.intake import Accepted, Intake
-from worker.qsc import QualityLimits, Safeguard
-from worker.voting import Seat, Stopwatch, VotingStage
+from worker.qsc import CANARY, Safeguard
+from worker.quality import EnsembleLimits, QualityLimits
+from worker.roster import Artifact, Record, Trial, records_of
+from worker.scoreboard import Scoreboard, threshold_of
+from worker.voting import AgentStage, Seat, Stopwatch, VotingStage
 
 State = Mapping[str, Mapping[bytes, bytes]]
 """Stored state: part of the pipeline, of `PARTS`, to its fields."""
 
-PARTS = ("series", "features", "agents", "quality", *(f"windows:{name}" for name in FEATURE_SETS))
+CANARY_PERIOD_MS = 6 * 3_600_000
+"""How long, by the bars' clock, any violation rolls a canary back."""
+
+PARTS = (
+    "series",
+    "features",
+    "agents",
+    "quality",
+    "ensemble",
+    "pending",
+    "scores",
+    *(f"windows:{name}" for name in FEATURE_SETS),
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +58,7 @@ class Result:
     signals: Signals
     state: Mapping[str, Sequence[tuple[bytes, bytes]]]
     events: Sequence[Event] = field(default_factory=list)
+    drops: Sequence[str] = ()
 
     @property
     def rejects(self) -> Sequence[Reject]:
@@ -78,14 +96,23 @@ class Pipeline:
         warmup_bars: Mapping[str, int] | None = None,
         window_capacity: int = 64,
         quality: Mapping[str, QualityLimits] | None = None,
+        ensemble: EnsembleLimits | None = None,
         reader: FormatReader | None = None,
         several_keys: bool = False,
+        canary_share: float = consensus.CANARY_SHARE,
+        canary_period_ms: int = CANARY_PERIOD_MS,
     ) -> None:
         self.quorum = quorum
+        self.canary_share = canary_share
+        self.canary_period_ms = canary_period_ms
         self.intake = Intake(limits or Limits(), reader=reader, several_keys=several_keys)
         self.voting = VotingStage(seats, capacity=window_capacity)
         self.features = FeatureBank(self._sets_in_use(), warmup_bars)
         self.safeguard = Safeguard(quality)
+        self.ensemble = EnsembleWatch(ensemble)
+        self.scoreboard = Scoreboard()
+        self.records = {s.agent: _record(s) for s in seats if s.role is AgentState.ACTIVE}
+        self._stored_windows = set(self.voting.window_sets)
 
     def process(
         self,
@@ -104,11 +131,13 @@ class Pipeline:
             ballots = self.voting.vote(vectors, stopwatch)
         with stopwatch("safeguard"):
             ballots, verdicts = self.safeguard.watch(vectors, ballots)
+            vectors, ballots, verdicts = self._judge_trials(vectors, ballots, verdicts)
         with stopwatch("consensus"):
             signals = self._decide(vectors, ballots)
+            verdicts = [*verdicts, *self._look_back(vectors, ballots, signals)]
         with stopwatch("pack"):
-            state = self._changes(accepted)
-        return Result(accepted, vectors, ballots, signals, state, [*accepted.events, *verdicts])
+            state, drops = self._changes(accepted.rows)
+        return Result(accepted, vectors, ballots, signals, state, [*accepted.events, *verdicts], drops)
 
     def _compute(self, accepted: Accepted) -> Vectors:
         values, ready = self.features.update(accepted.rows, accepted.ohlcv, accepted.restart)
@@ -118,29 +147,124 @@ class Pipeline:
     def _decide(self, vectors: Vectors, ballots: Sequence[Ballot]) -> Signals:
         return consensus.decide(
             ballots,
-            configured=len(self.voting.stages),
+            configured=len(self.records),
             quorum=self.quorum,
             withheld=vectors.accepted.withheld[vectors.index],
             stale=vectors.accepted.stale[vectors.index],
+            canary_share=self.canary_share,
         )
+
+    def _look_back(self, vectors: Vectors, ballots: Sequence[Ballot], signals: Signals) -> list[Event]:
+        """The ensemble as a whole, and the votes of twelve bars ago."""
+        models = {stage.seat.agent: stage.seat.model for stage in self.voting.stages}
+        thresholds = {agent: threshold_of(model) for agent, model in models.items() if model is not None}
+        self.scoreboard.score(vectors, ballots, signals, thresholds)
+        return self.ensemble.watch([vectors.accepted.bars[i] for i in vectors.index], ballots, signals)
 
     def _sets_in_use(self) -> tuple[FeatureSet, ...]:
         return tuple(dict.fromkeys((V3, *self.voting.feature_sets)))
 
-    def reseat(self, seat: Seat) -> None:
-        """Swap one agent's model between two batches."""
+    def _judge_trials(
+        self, vectors: Vectors, ballots: list[Ballot], verdicts: list[Event]
+    ) -> tuple[Vectors, list[Ballot], list[Event]]:
+        """Canaries and shadows after this batch; a violation ends one on its very row."""
+        bars = [vectors.accepted.bars[i] for i in vectors.index]
+        ended: list[tuple[int, str]] = []
+        for place, ballot in enumerate(ballots):
+            agent = ballot.agent.removesuffix(CANARY)
+            trial = self.records[agent].trial
+            if trial is None or agent == ballot.agent:
+                continue
+            own = [verdict for verdict in verdicts if verdict.agent == ballot.agent]
+            judged = trials.judge(trial, ballot, bars, own, self.canary_period_ms, self._serving(agent))
+            ballots = [*ballots[:place], judged.ballot, *ballots[place + 1 :]]
+            verdicts = [*(v for v in verdicts if v.agent != ballot.agent), *judged.events]
+            self.records[agent] = replace(self.records[agent], trial=judged.trial)
+            if judged.ended is not None:
+                ended.append((judged.ended, agent))
+        leaves: dict[str, int] = {}
+        for row, agent in sorted(ended):
+            before = {s.name for s in self._sets_in_use()}
+            self.end_trial(agent)
+            gone = before - {s.name for s in self._sets_in_use()}
+            leaves |= dict.fromkeys(gone, int(vectors.index[row]))
+        return (replace(vectors, leaves=leaves) if leaves else vectors), ballots, verdicts
+
+    def _serving(self, agent: str) -> str:
+        artifact = self.records[agent].artifact
+        return f"{agent} serves on with {artifact.version}" if artifact else f"{agent} has no model"
+
+    # ------------------------------------------------------------------ between two batches
+
+    def install(self, agent: str, model: Model, *, pinned: bool) -> None:
+        """Swap one agent's model. Another artifact starts with an empty window of the safeguard."""
+        record, artifact = self.records[agent], Artifact.of(model)
+        changed = record.artifact is None or record.artifact.sha256 != artifact.sha256
+        before = record.artifact if changed else record.before
+        self.records[agent] = replace(record, artifact=artifact, before=before, pinned=pinned)
+        self._seat(replace(self._stage(agent).seat, model=model, refusal=None))
+        if changed:
+            self._forget_votes(agent)
+
+    def _forget_votes(self, agent: str) -> None:
+        """The votes of another model say nothing of this one; an operator's mute does."""
+        _, why = self.safeguard.status(agent, AgentState.ACTIVE)
+        self.safeguard.forget(agent)
+        if why == Reason.OPERATOR:
+            self.safeguard.mute(agent)
+
+    def begin_trial(self, agent: str, model: Model, kind: AgentState) -> None:
+        """Put a version beside the running one, as `<agent>_canary`; `kind` is `canary` or `shadow`."""
+        self.records[agent] = replace(self.records[agent], trial=Trial(kind, Artifact.of(model)))
+        self.safeguard.forget(agent + CANARY)
+        self._seat(trial_seat(agent, model, kind, self.canary_share))
+
+    def end_trial(self, agent: str) -> None:
+        """Take the version beside the running one away; no newer file replaces the running one by itself."""
+        self.records[agent] = replace(self.records[agent], trial=None, pinned=True)
+        self.safeguard.forget(agent + CANARY)
+        self.voting.remove(agent + CANARY)
+        self.features.set_sets(self._sets_in_use())
+
+    def promote(self, agent: str) -> None:
+        """The version beside the running one takes its seat."""
+        running, beside = self._stage(agent), self._stage(agent + CANARY)
+        model = beside.seat.model
+        assert model is not None  # noqa: S101 - a trial has a model
+        running.active = running.active or beside.active
+        # The model has its new seat before it loses the old one: its windows stay.
+        self.install(agent, model, pinned=True)
+        self.end_trial(agent)
+
+    def _stage(self, agent: str) -> AgentStage:
+        stage = self.voting.stage(agent)
+        if stage is None:
+            raise KeyError(f"{agent} has no seat; seated are {', '.join(s.seat.agent for s in self.voting.stages)}")
+        return stage
+
+    def _seat(self, seat: Seat) -> None:
         self.voting.reseat(seat)
         self.features.set_sets(self._sets_in_use())
 
-    def _changes(self, accepted: Accepted) -> dict[str, list[tuple[bytes, bytes]]]:
-        windows = self.voting.changes(accepted.rows)
-        return {
+    def settle(self) -> tuple[dict[str, list[tuple[bytes, bytes]]], list[str]]:
+        """What to commit, state and drops, after changes between two batches that no batch follows."""
+        return self._changes(np.zeros(0, np.int64))
+
+    def _changes(self, rows: NDArray[np.int64]) -> tuple[dict[str, list[tuple[bytes, bytes]]], list[str]]:
+        windows = self.voting.changes(rows)
+        state = {
             "series": self.intake.changes(),
-            "features": self.features.changes(accepted.rows),
+            "features": self.features.changes(rows),
             **{f"windows:{name}": fields for name, fields in windows.items()},
             "quality": self.safeguard.changes(),
+            "ensemble": self.ensemble.changes(),
+            **self.scoreboard.changes(),
             "agents": self.agent_changes(),
         }
+        # Windows that come or go: what is stored under their name is of another time.
+        moved = self._stored_windows ^ set(windows)
+        self._stored_windows = set(windows)
+        return state, [f"windows:{name}" for name in sorted(moved)]
 
     def reports(self) -> list[AgentReport]:
         """What every agent is between two batches, and why."""
@@ -151,19 +275,42 @@ class Pipeline:
         return reports
 
     def agent_changes(self) -> list[tuple[bytes, bytes]]:
-        """Each agent's artifact in use and whether it has been active, so that a restart knows."""
-        return [(s.seat.agent.encode(), seal([s.seat.sha256, s.active])) for s in self.voting.stages]
+        """Each agent's record, so that a restart serves the same."""
+        for agent, record in self.records.items():
+            beside = self.voting.stage(agent + CANARY)
+            trial = replace(record.trial, active=beside.active) if record.trial and beside else record.trial
+            self.records[agent] = replace(record, active=self._stage(agent).active, trial=trial)
+        return [(agent.encode(), record.pack()) for agent, record in self.records.items()]
 
     def restore(self, state: State) -> None:
-        """Take up committed state. Raises `StateCorruptError` where it is not what was written."""
+        """Take up committed state. Raises `StateCorruptError` where it is not what was written.
+
+        The seats decide what serves; the stored records add what they say of it beside that.
+        """
         self.intake.restore(state.get("series", {}))
         self.features.restore(state.get("features", {}))
         for name in FEATURE_SETS:
             self.voting.restore(name, state.get(f"windows:{name}", {}))
         self.safeguard.restore(state.get("quality", {}))
-        in_use = agents_in_use(state)
-        for stage in self.voting.stages:
-            stage.active = in_use.get(stage.seat.agent, (None, False))[1]
+        self.ensemble.restore(state.get("ensemble", {}))
+        self.scoreboard.restore(state)
+        for agent, stored in records_of(state.get("agents", {})).items():
+            if agent in self.records:
+                self._restore_record(agent, stored)
+
+    def _restore_record(self, agent: str, stored: Record) -> None:
+        stage, beside = self._stage(agent), self.voting.stage(agent + CANARY)
+        now = self.records[agent].artifact or stored.artifact
+        changed = stored.artifact is not None and now is not None and now.sha256 != stored.artifact.sha256
+        before = stored.artifact if changed else stored.before
+        self.records[agent] = replace(stored, artifact=now, before=before)
+        stage.active = stored.active
+        if changed:
+            self._forget_votes(agent)
+        if beside is not None and stored.trial is not None:
+            beside.active = stored.trial.active
+        elif stored.trial is not None:
+            self.end_trial(agent)
 
     def unused(self, state: State) -> list[str]:
         """Stored parts that nothing keeps up to date any more: to be dropped, or they would come back stale."""
@@ -171,17 +318,20 @@ class Pipeline:
         return [part for part in state if part.startswith("windows:") and state[part] and part not in kept]
 
 
-def agents_in_use(state: State) -> dict[str, tuple[str | None, bool]]:
-    """Each agent's committed artifact hash, and whether it has been active."""
-    fields = state.get("agents", {})
-    return {name.decode(): tuple(unseal(name.decode(), data)) for name, data in fields.items()}
+def _record(seat: Seat) -> Record:
+    return Record(None if seat.model is None else Artifact.of(seat.model))
+
+
+def trial_seat(agent: str, model: Model, kind: AgentState, canary_share: float) -> Seat:
+    """The seat of a canary, or of a shadow, whose weight is 0."""
+    return Seat(agent + CANARY, canary_share if kind is AgentState.CANARY else 0.0, model, role=kind)
 
 
 def feature_messages(vectors: Vectors) -> list[dict[str, Any]]:
     """One feature vector for each accepted bar, as on the stream."""
     contracts = {name: FEATURE_SETS[name].contract for name in vectors.ready}
     ready = vectors.ready[V3.name].tolist()
-    return [
+    messages = [
         {
             **_bar_fields(bar),
             "ready": ready[row],
@@ -191,17 +341,31 @@ def feature_messages(vectors: Vectors) -> list[dict[str, Any]]:
         }
         for row, (bar, values) in enumerate(zip(vectors.accepted.bars, vectors.values.tolist(), strict=True))
     ]
+    return (
+        [_without_left(vectors, row, message) for row, message in enumerate(messages)] if vectors.leaves else messages
+    )
+
+
+def _without_left(vectors: Vectors, row: int, message: dict[str, Any]) -> dict[str, Any]:
+    """The message without the feature sets that nothing reads on this row any more."""
+    kept = [name for name in vectors.ready if row <= vectors.leaves.get(name, row)]
+    names = union([FEATURE_SETS[name] for name in kept])
+    return {
+        **message,
+        "contracts": {name: message["contracts"][name] for name in kept},
+        "values": {name: message["values"][name] for name in names},
+    }
 
 
 def vote_messages(bars: Sequence[Bar], ballot: Ballot) -> list[dict[str, Any]]:
-    """One vote of one agent for each ready vector, an abstention included."""
+    """One vote of one agent for each row of its ballot, an abstention included; `bars` are those of all rows."""
     outputs = [None] * len(bars) if ballot.outputs is None else ballot.outputs.tolist()
     rows = zip(
         *(bars, ballot.action.tolist(), ballot.confidence.tolist(), outputs),
         *(ballot.answered.tolist(), ballot.state.tolist(), ballot.reason),
         strict=True,
     )
-    return [
+    messages = [
         {
             **_bar_fields(bar),
             "agent": ballot.agent,
@@ -215,6 +379,7 @@ def vote_messages(bars: Sequence[Bar], ballot: Ballot) -> list[dict[str, Any]]:
         }
         for bar, action, confidence, raw, answered, state, reason in rows
     ]
+    return messages if ballot.present is None else [messages[row] for row in ballot.rows]
 
 
 def signal_messages(result: Result) -> list[dict[str, Any]]:
@@ -250,7 +415,10 @@ def _signal_votes(result: Result) -> list[dict[str, Any]]:
             *(result.signals.effective[:, place].tolist(), ballot.state.tolist(), ballot.reason),
             strict=True,
         )
-        for row, action, confidence, effective, state, reason in columns:
+        present = [True] * len(votes) if ballot.present is None else ballot.present.tolist()
+        for there, (row, action, confidence, effective, state, reason) in zip(present, columns, strict=True):
+            if not there:
+                continue
             row[ballot.agent] = {
                 "action": Action(action).name,
                 "confidence": confidence,

@@ -9,11 +9,13 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from streams.messages import Action, AgentState, Reason, Status
+from streams.messages import Action, AgentState, Event, Reason, Status
 from streams.store import Position, StreamFacts
 from worker.batches import Ballot, Signals
-from worker.metrics import CRITERIA, Metrics
+from worker.drift import DriftWatch
+from worker.metrics import CANARY, CRITERIA, Metrics
 from worker.pipeline import Pipeline, Result
+from worker.scoreboard import CONSENSUS
 
 CRITERIA_NAMES = frozenset(CRITERIA)
 
@@ -26,6 +28,8 @@ class Sensors:
 
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
+        self._drift = DriftWatch()
+        self._canaries: set[str] = set()
 
     @contextmanager
     def stopwatch(self, stage: str) -> Iterator[None]:
@@ -54,11 +58,14 @@ class Sensors:
                 self._votes(ballot)
             self._signals(result.signals, result.ballots)
             self._latency(result, committed_ms)
+            self._drift.push(result.vectors.names, result.vectors.values[result.vectors.index])
 
     def _votes(self, ballot: Ballot) -> None:
-        for code, n in zip(*np.unique(ballot.action, return_counts=True), strict=True):
+        self._meet(ballot.agent)
+        action, reasons = ballot.action[ballot.rows], [ballot.reason[row] for row in ballot.rows]
+        for code, n in zip(*np.unique(action, return_counts=True), strict=True):
             self.metrics.votes(ballot.agent, Action(code), int(n))
-        abstained = (r for a, r in zip(ballot.action, ballot.reason, strict=True) if a == Action.ABSTAIN and r)
+        abstained = (r for a, r in zip(action, reasons, strict=True) if a == Action.ABSTAIN and r)
         for reason, n in Counter(abstained).items():
             self.metrics.abstentions(ballot.agent, Reason(reason), n)
 
@@ -73,25 +80,57 @@ class Sensors:
                 "voting": int(signals.voting[-1]),
             }
         )
-        actions = np.stack([b.action for b in ballots], axis=1)
-        both = (actions == Action.BUY).any(axis=1) & (actions == Action.SELL).any(axis=1)
-        self.metrics.agreement(float(signals.agreement.mean()), float(both.mean()))
         for place, ballot in enumerate(ballots):
             self.metrics.weights(ballot.agent, ballot.weight, float(signals.effective[-1, place]))
+
+    def events(self, events: Sequence[Event]) -> None:
+        """Count what was rolled back."""
+        for event in events:
+            if event.kind == "rolled_back":
+                by = "operator" if event.reason == Reason.OPERATOR else "safeguard"
+                self.metrics.rollbacks(event.agent.removesuffix(CANARY), by)
 
     def _latency(self, result: Result, committed_ms: int) -> None:
         ages = (committed_ms - result.accepted.arrived_ms[i] for i in result.vectors.index)
         self.metrics.bar_to_signal(age / 1000 for age in ages if 0 <= age < LONGEST_LATENCY_MS)
 
+    def _meet(self, agent: str) -> None:
+        """A canary has series only while there is one."""
+        if agent.endswith(CANARY) and agent not in self._canaries:
+            self._canaries.add(agent)
+            self.metrics.add_agent(agent)
+
     def agents(self, pipeline: Pipeline) -> None:
         """The state of every agent, and the artifact of those that have one."""
-        for report in pipeline.reports():
+        reports = pipeline.reports()
+        for gone in self._canaries - {report.agent for report in reports}:
+            self._canaries.remove(gone)
+            self.metrics.remove_agent(gone)
+        for report in reports:
+            self._meet(report.agent)
             self.metrics.agent_state(report.agent, report.state)
             model = report.seat.model
             if model is not None:
                 self.metrics.agent_info(report.agent, model.version, model.contract, model.sha256)
+        self.windows(pipeline)
 
-    def quality(self, pipeline: Pipeline) -> None:
+    def windows(self, pipeline: Pipeline) -> None:
+        """Everything over sliding windows: well under a millisecond, so every couple of seconds, not every batch."""
+        self._quality(pipeline)
+        self._scores(pipeline)
+        agreement, hard = pipeline.ensemble.agreement_ratio, pipeline.ensemble.hard_disagreement_ratio
+        if agreement is not None and hard is not None:
+            self.metrics.agreement(agreement, hard)
+        models = [report.seat.model for report in pipeline.reports() if report.seat.model is not None]
+        self.metrics.drift({d.feature: d.distance for d in self._drift.against(models)})
+
+    def _scores(self, pipeline: Pipeline) -> None:
+        loaded = [report.agent for report in pipeline.reports() if report.seat.model is not None]
+        for agent in (*loaded, CONSENSUS):
+            s = pipeline.scoreboard.scores(agent)
+            self.metrics.scores(agent, s.scored, s.hit_ratio, s.signed_return_mean, s.brier_score)
+
+    def _quality(self, pipeline: Pipeline) -> None:
         """The shape of every loaded agent's recent votes, and what is held against them."""
         for report in pipeline.reports():
             if report.seat.model is None:

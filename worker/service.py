@@ -5,15 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from structlog.typing import FilteringBoundLogger
 
+from agents.agent import Refusal
 from agents.artifacts import Loading
+from streams.codec import StateCorruptError, encode_reject
 from streams.inputs import REFRESH_S, Inputs
 from streams.keys import Keys
-from streams.messages import AgentState, Entry, Event
+from streams.messages import AgentState, Bar, Entry, Event, Reason
 from streams.redis import with_baseline
 from streams.store import (
     Batch,
@@ -26,21 +28,36 @@ from streams.store import (
     Store,
     StoreUnavailableError,
 )
+from worker.builds import started
 from worker.engine import commit_of, encoded_events
 from worker.http import Condition
 from worker.lease import LeaseKeeper
 from worker.notify import Notifier
-from worker.pipeline import PARTS, Pipeline, State, agents_in_use
+from worker.pipeline import PARTS, Pipeline, trial_seat
+from worker.qsc import CANARY
 from worker.rebuild import Rebuilt, rebuild
+from worker.reload import Shelf, Steered, Steering
+from worker.roster import Artifact, Record, records_of
 from worker.sensors import Sensors
 from worker.settings import Settings
 from worker.status import Status
+from worker.voting import Seat
 
 WAIT_S = 0.25
 STANDBY_POLL_S = 0.2
 LONGEST_BACKOFF_S = 2.0
 LEVELS_EVERY_S = 2.0
 POISON_DEATHS = 3
+ORDERS_EVERY_S = 0.1
+"""While bars flow, orders are looked for no more often than this."""
+MOST_ORDERS = 16
+LOADING_WAIT_S = 0.02
+
+
+WARNINGS = ("revision", "feed_unhealthy", "reload_refused", "order_refused", "rolled_back")
+"""Events that are logged as warnings."""
+
+_REBUILT = Refusal(Reason.OPERATOR, "the state was computed anew, and nothing is known of its votes: order it again")
 
 
 class MarkingStore(Store, Protocol):
@@ -54,29 +71,37 @@ class MarkingStore(Store, Protocol):
 
     def lengths(self, keys: Sequence[str]) -> dict[str, int]: ...
 
-
     def find(self, pattern: str) -> Mapping[str, str]: ...
+
 
 @dataclass
 class Options:
-    """How one run differs from another. `until_idle_s` None runs until it is stopped."""
+    """How one run differs from another. `until_idle_s` None runs until it is stopped.
+
+    `reload`, when it is set, loads every agent's newest artifact, as the order does.
+    """
 
     until_idle_s: float | None = None
     accept_gap: bool = False
     rebuild: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
+    reload: threading.Event = field(default_factory=threading.Event)
     now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
 
 
 class Worker:
-    """Drives a pipeline over a store. `make_pipeline` gives a fresh one; `loadings` say how each agent loaded."""
+    """Drives a pipeline over a store. `make_pipeline` gives a fresh one over seats.
+
+    `shelf` has the models, `records` say what served when this process came up.
+    """
 
     def __init__(
         self,
         settings: Settings,
         store: MarkingStore,
-        make_pipeline: Callable[[], Pipeline],
-        loadings: Sequence[Loading],
+        make_pipeline: Callable[[Sequence[Seat]], Pipeline],
+        shelf: Shelf,
+        records: Mapping[str, Record],
         *,
         sensors: Sensors,
         status: Status,
@@ -86,23 +111,27 @@ class Worker:
     ) -> None:
         self.settings = settings
         self.keys = Keys(settings.namespace)
-        self.store = store
         self.inputs = Inputs(settings.input_keys, settings.namespace)
+        self.store = store
         self.sensors = sensors
         self.status = status
         self.log = log
         self.options = options
         self.notifier = notifier or Notifier()
         self.position = Position()
-        self.pipeline = make_pipeline()
+        self.steering = Steering(settings.agents, shelf)
         self._make_pipeline = make_pipeline
-        self._loadings = loadings
-        self._states: dict[str, AgentState] = {}
+        self._shelf = shelf
+        self._loadings = [shelf.serving(agent, records.get(agent, Record())) for agent in settings.agents]
+        self.pipeline = make_pipeline(self._seats())
+        self._states: dict[str, tuple[AgentState, str | None]] = {}
         self._cautious = 0
         self._idle_since: float | None = None
         self._levels_at = 0.0
-
         self._looked_at: float | None = None
+        self._orders_at = 0.0
+        self._folder_at = 0.0
+
     # ------------------------------------------------------------------ the loop
 
     def run(self, lease: LeaseKeeper) -> None:
@@ -121,14 +150,19 @@ class Worker:
             self.store.release()
         finally:
             self.notifier.stopping()
+            self.steering.close()
             lease.stop()
 
     def _turn(self) -> None:
         try:
+            steered = self._steer()
             batch = self._read()
-            if batch.entries:
+            if batch.entries or steered or self.steering.waiting:
                 self._idle_since = None
-                self._process(batch.entries)
+            if batch.entries:
+                self._process(batch.entries, steered)
+            elif steered:
+                self._settle(steered)
             else:
                 self._idle()
         except RewoundError as error:
@@ -147,11 +181,16 @@ class Worker:
         return silent_s is not None and limit_s is not None and time.monotonic() - silent_s >= limit_s
 
     def _idle(self) -> None:
-        self._idle_since = self._idle_since or time.monotonic()
-        if self.inputs.keys:
-            self._reaching(lambda: self.store.wait(self.position, self.inputs.keys, WAIT_S))
+        """Wait for a bar or an order, not long where models are being loaded for one."""
+        if self.steering.waiting:
+            keys, wait_s = list(self.inputs.keys), LOADING_WAIT_S
         else:
-            self.options.stop.wait(WAIT_S)
+            self._idle_since = self._idle_since or time.monotonic()
+            keys, wait_s = [*self.inputs.keys, self.keys.control], WAIT_S
+        if keys:
+            self._reaching(lambda: self.store.wait(self.position, keys, wait_s))
+        else:
+            self.options.stop.wait(wait_s)
 
     # ------------------------------------------------------------------ owning and recovering
 
@@ -186,15 +225,15 @@ class Worker:
 
     def _recover(self, rewound: RewoundError | None) -> None:
         """Take up what was committed, in one atomic read, and say what this instance starts with."""
-        self.pipeline.voting.close()
-        self.pipeline = self._make_pipeline()
         snapshot: Snapshot = self._reaching(lambda: self.store.load(PARTS))
+        records, beside = self._recall(snapshot)
         self.position = snapshot.position
-        rebuilt = self._restore(snapshot)
+        rebuilt = self._restore(snapshot, records)
         self.pipeline.intake.ids.last = snapshot.position.last_output_id
         self._cautious = 0 if self.store.was_clean else self.settings.batch_size
-        stored = {} if rebuilt else snapshot.state
-        events = [self._agent_event(loading, stored) for loading in self._loadings]
+        events = [self._agent_event(loading, records.get(loading.agent, Record())) for loading in self._loadings]
+        events += [_trial_event(agent, records[agent], loading) for agent, loading in beside.items()]
+        events.append(started(self.settings, self._loadings, self.position))
         if self.position.inputs:
             events.append(self._recovery_event(self.position, rewound, rebuilt))
             self.sensors.metrics.recoveries()
@@ -209,15 +248,48 @@ class Worker:
         self.status.feed(healthy=self.pipeline.intake.health.healthy)
         self._tell_agents()
 
-    def _restore(self, snapshot: Snapshot) -> Rebuilt | None:
+    def _recall(self, snapshot: Snapshot) -> tuple[dict[str, Record], dict[str, Loading]]:
+        """A fresh pipeline over what the state says that serves: the records, and how each trial was loaded."""
+        try:
+            stored = records_of(snapshot.state["agents"])
+        except StateCorruptError:
+            if not self.options.rebuild:
+                raise
+            stored = {}
+        records = {agent: record for agent, record in stored.items() if agent in self.settings.agents}
+        self._loadings = [self._shelf.serving(agent, records.get(agent, Record())) for agent in self.settings.agents]
+        trials = {agent: record.trial.artifact for agent, record in records.items() if record.trial is not None}
+        if self.options.rebuild:
+            beside = {agent: Loading(agent, refusal=_REBUILT) for agent in trials}
+        else:
+            beside = {agent: self._shelf.exact(agent, artifact) for agent, artifact in trials.items()}
+        self.pipeline.voting.close()
+        self.pipeline = self._make_pipeline([*self._seats(), *self._trial_seats(records, beside)])
+        self.steering.start(self._loadings)
+        return records, beside
+
+    def _seats(self) -> list[Seat]:
+        return [Seat(x.agent, self.settings.weights[x.agent], x.model, x.refusal) for x in self._loadings]
+
+    def _trial_seats(self, records: Mapping[str, Record], beside: Mapping[str, Loading]) -> list[Seat]:
+        return [
+            trial_seat(agent, loading.model, trial.kind, self.settings.canary_share)
+            for agent, loading in beside.items()
+            if loading.model is not None and (trial := records[agent].trial) is not None
+        ]
+
+    def _restore(self, snapshot: Snapshot, records: Mapping[str, Record]) -> Rebuilt | None:
         """Restore the pipeline from the stored state, or where that was asked for from the retained input."""
         if not self.options.rebuild:
             self.pipeline.restore(snapshot.state)
             return None
         self.options.rebuild = False
-        rebuilt = rebuild(
-            self.pipeline, self.store, self.position, self.options.now_ms(), self.keys.rejected, self._reaching
-        )
+        for agent, record in records.items():
+            kept = replace(self.pipeline.records[agent], pinned=record.pinned, before=record.before)
+            self.pipeline.records[agent] = kept
+        inputs = {key: at for key, at in self.position.inputs.items() if key != self.keys.control}
+        bars = Position(inputs, self.position.last_output_id)
+        rebuilt = rebuild(self.pipeline, self.store, bars, self.options.now_ms(), self.keys.rejected, self._reaching)
         self.log.info("state rebuilt from the input", bars=rebuilt.bars)
         for key, missing in rebuilt.missing.items():
             if missing:
@@ -228,22 +300,18 @@ class Worker:
                 )
         return rebuilt
 
-    def _agent_event(self, loading: Loading, state: State) -> Event:
+    def _agent_event(self, loading: Loading, record: Record) -> Event:
         """What an agent starts with, and what served before where that was another artifact."""
         if loading.model is None:
             refusal = loading.refusal
             reason, detail = (str(refusal.reason), refusal.detail) if refusal else ("", "")
             return Event("agent_refused", agent=loading.agent, reason=reason, detail=detail)
-        before, _ = agents_in_use(state).get(loading.agent, (None, False))
-        changed = before is not None and before != loading.model.sha256
+        before, now = record.artifact, Artifact.of(loading.model)
+        changed = before is not None and before.sha256 != now.sha256
         detail = "; ".join(part for part in (loading.model.detail, loading.note) if part)
-        evidence: dict[str, Any] = {"version": loading.model.version, "sha256": loading.model.sha256}
-        return Event(
-            "reload" if changed else "agent_loaded",
-            agent=loading.agent,
-            detail=detail,
-            evidence=evidence | ({"replaces": before} if changed else {}),
-        )
+        replaces = {"replaces": before.evidence()} if changed and before is not None else {}
+        kind = "reload" if changed else "agent_loaded"
+        return Event(kind, agent=loading.agent, detail=detail, evidence=now.evidence() | replaces)
 
     def _recovery_event(self, position: Position, rewound: RewoundError | None, rebuilt: Rebuilt | None) -> Event:
         inputs: dict[str, Any] = {key: at.id for key, at in position.inputs.items()}
@@ -277,8 +345,6 @@ class Worker:
         self._levels(batch)
         return batch
 
-    def _process(self, entries: Sequence[Entry]) -> None:
-        poison = self._approach(entries)
     def _look_for_inputs(self) -> None:
         """Every few seconds, the keys that match a pattern; new ones get a position in the next commit."""
         now = time.monotonic()
@@ -293,15 +359,74 @@ class Worker:
         if first and not self.inputs.keys:
             self.log.warning("no stream matches yet; waiting for one", pattern=", ".join(self.inputs.patterns))
 
+    # ------------------------------------------------------------------ orders and reloads
+
+    def _steer(self) -> Steered:
+        """Change the pipeline by what operators ordered and the folder brought, as far as it is loaded."""
+        now = time.monotonic()
+        if not self.steering.waiting and (self._idle_since is not None or now - self._orders_at >= ORDERS_EVERY_S):
+            self._orders_at = now
+            self._read_orders()
+        if self.options.reload.is_set():
+            self.options.reload.clear()
+            self.steering.reload_all("SIGHUP")
+        if self.settings.watch_s and now - self._folder_at >= self.settings.watch_s:
+            self._folder_at = now
+            self.steering.look(self.pipeline)
+        return self.steering.take(self.pipeline)
+
+    def _read_orders(self) -> None:
+        key = self.keys.control
+        try:
+            batch: Batch = self._reaching(lambda: self.store.read(self.position, [key], MOST_ORDERS))
+        except InputLostError as error:
+            self._lose_orders(error)
+            return
+        self.position = with_baseline(self.position, batch.facts)
+        self.steering.receive(batch.entries)
+
+    def _lose_orders(self, error: InputLostError) -> None:
+        """Orders that are gone were not carried out; no bar depends on them, so say it and go on."""
+        detail = f"{error.lost} orders are gone from {error.key} before they were read: order again what is missing"
+        self.log.error("orders lost", reason="lost", key=error.key, lost=error.lost)
+        event = Event("gap", reason="lost", detail=detail, evidence={"key": error.key, "lost": error.lost})
+        position = Position({**self.position.inputs, error.key: error.resume}, self.position.last_output_id)
+        self._commit(Commit(position, appends={self.keys.events: encoded_events([event])}))
+        self.position = position
+
+    def _settle(self, steered: Steered) -> None:
+        """Commit changes that no bar follows."""
+        position = self.position.advanced(steered.entries, self.pipeline.intake.ids.last)
+        state, drops = self.pipeline.settle()
+        appends = {
+            self.keys.rejected: [encode_reject(reject) for reject in steered.rejects],
+            self.keys.events: encoded_events(steered.events),
+        }
+        self._commit(Commit(position, appends=appends, state=state, drops=drops))
+        self.position = position
+        self._tell_steered(steered)
+
+    def _tell_steered(self, steered: Steered) -> None:
+        for reject in steered.rejects:
+            self.sensors.metrics.rejected(reject.stage, reject.reason)
+        self._shelf.keep(self.pipeline.records)
+        self._tell_agents()
+        self._tell_events(steered.events)
+
+    def _process(self, entries: Sequence[Entry], steered: Steered) -> None:
+        poison = self._approach(entries)
         result = self.pipeline.process(entries, self.options.now_ms(), poison=poison, stopwatch=self.sensors.stopwatch)
-        position = self.position.advanced(entries, self.pipeline.intake.ids.last)
+        position = self.position.advanced([*entries, *steered.entries], self.pipeline.intake.ids.last)
+        steered = replace(steered, events=[_on_bar(event, result.accepted.bars) for event in steered.events])
         with self.sensors.stopwatch("pack"):
-            commit = commit_of(self.keys, result, position)
+            commit = commit_of(self.keys, result, position, steered.events, steered.rejects)
         self._commit(commit)
         self.position = position
         self._cautious = max(0, self._cautious - len(entries))
         self.sensors.batch(result, self.options.now_ms())
         self.status.batch(result, healthy=self.pipeline.intake.health.healthy)
+        if steered:
+            self._tell_steered(steered)
         self._tell_agents()
         self._tell_events(result.events)
 
@@ -330,7 +455,8 @@ class Worker:
         inputs = dict(self.position.inputs)
         inputs[error.key] = error.resume
         self.pipeline.intake.rewarm_all()
-        event = Event("gap", reason="lost", detail=str(error), evidence={"key": error.key, "lost": error.lost})
+        evidence = {"key": error.key, "lost": error.lost, "after": error.resume.id}
+        event = Event("gap", reason="lost", detail=str(error), evidence=evidence)
         position = Position(inputs, self.position.last_output_id)
         self._commit(
             Commit(
@@ -377,18 +503,18 @@ class Worker:
     def _tell_agents(self) -> None:
         """Log and publish each agent's change of state, once."""
         reports = self.pipeline.reports()
-        states = {report.agent: report.state for report in reports}
+        states = {report.agent: (report.state, report.seat.sha256) for report in reports}
         if states == self._states:
             return
         for report in reports:
-            if self._states.get(report.agent) is not report.state:
+            if self._states.get(report.agent) != states[report.agent]:
                 line = f"agent is {report.state}"
                 version = report.seat.model.version if report.seat.model else None
                 self.log.info(line, agent=report.agent, reason=report.reason, version=version)
         self._states = states
         self.sensors.agents(self.pipeline)
         self.status.agents(self.pipeline)
-        self._tell_ensemble(list(states.values()))
+        self._tell_ensemble([report.state for report in reports if report.seat.role is AgentState.ACTIVE])
 
     def _tell_ensemble(self, states: Sequence[AgentState]) -> None:
         loaded = sum(state is not AgentState.REFUSED for state in states)
@@ -405,9 +531,11 @@ class Worker:
         self.log.info(line)
 
     def _tell_events(self, events: Sequence[Event]) -> None:
+        self.sensors.events(events)
         for event in events:
-            level = self.log.warning if event.kind in ("revision", "feed_unhealthy") else self.log.info
-            level(event.kind, bar_id=event.bar_id, symbol=event.symbol, reason=event.reason, detail=event.detail)
+            level = self.log.warning if event.kind in WARNINGS else self.log.info
+            named = {"bar_id": event.bar_id, "symbol": event.symbol, "agent": event.agent, "reason": event.reason}
+            level(event.kind, **named, detail=event.detail)
 
     def _levels(self, batch: Batch) -> None:
         """Lag and lengths, every couple of seconds: they are asked of the server."""
@@ -416,6 +544,7 @@ class Worker:
             return
         self._levels_at = now
         self.sensors.inputs(self.position, batch.facts, self.inputs.label)
+        self.sensors.windows(self.pipeline)
         outputs: Mapping[str, str] = {
             "features": self.keys.features,
             **{f"votes:{agent}": self.keys.votes(agent) for agent in self.settings.agents},
@@ -426,3 +555,21 @@ class Worker:
         lengths = self._reaching(lambda: self.store.lengths(list(outputs.values())))
         for name, key in outputs.items():
             self.sensors.metrics.length(name, lengths[key])
+
+
+def _on_bar(event: Event, bars: Sequence[Bar]) -> Event:
+    """The event with the first bar of the batch in whose commit it goes out."""
+    if not bars:
+        return event
+    bar = bars[0]
+    return replace(event, ts=bar.ts, bar_id=bar.bar_id, symbol=bar.symbol, interval=bar.interval)
+
+
+def _trial_event(agent: str, record: Record, loading: Loading) -> Event:
+    """What becomes of a canary or shadow at a start."""
+    evidence = record.trial.artifact.evidence() if record.trial else {}
+    if loading.model is not None:
+        return Event("agent_loaded", agent=agent + CANARY, detail=loading.model.detail, evidence=evidence)
+    refusal = loading.refusal
+    reason, detail = (str(refusal.reason), refusal.detail) if refusal else ("", "")
+    return Event("rolled_back", agent=agent + CANARY, reason=reason, detail=detail, evidence=evidence)

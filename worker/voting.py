@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from agents.agent import Model, Refusal
 from streams.contracts import FEATURE_SETS, FeatureSet
-from streams.messages import Action, AgentState, Reason
+from streams.messages import AGENTS, Action, AgentState, Reason
 from worker.batches import STATE_CODE, Ballot, Vectors
 from worker.features.windows import SequenceWindows
+from worker.qsc import CANARY
 
 log = structlog.get_logger()
 
@@ -34,12 +35,17 @@ Windows = tuple[NDArray[np.float64], NDArray[np.bool_]]
 
 @dataclass(frozen=True)
 class Seat:
-    """One configured agent: its weight, and either its model or why it has none."""
+    """One configured agent: its weight, and either its model or why it has none.
+
+    `role` is the state in which its votes count: `active`, or `canary` and `shadow` for the version
+    beside the running one, which is the agent `<agent>_canary`.
+    """
 
     agent: str
     weight: float
     model: Model | None = None
     refusal: Refusal | None = None
+    role: AgentState = AgentState.ACTIVE
 
     @property
     def sha256(self) -> str | None:
@@ -59,7 +65,7 @@ class AgentStage:
         """What the agent is now, between two batches."""
         if self.seat.model is None:
             return AgentState.REFUSED
-        return AgentState.ACTIVE if self.active else AgentState.WARMING_UP
+        return self.seat.role if self.active else AgentState.WARMING_UP
 
     @property
     def reason(self) -> str | None:
@@ -156,10 +162,10 @@ class AgentStage:
         """Warming up until the first row with a full window, active from that row on."""
         reached = np.logical_or.accumulate(full) | self.active if len(full) else full
         self.active = bool(self.active or full.any())
-        return np.where(reached, STATE_CODE[AgentState.ACTIVE], STATE_CODE[AgentState.WARMING_UP]).astype(np.int8)
+        return np.where(reached, STATE_CODE[self.seat.role], STATE_CODE[AgentState.WARMING_UP]).astype(np.int8)
 
 
-def _compute_alone() -> None:
+def compute_alone() -> None:
     """One torch thread inside this thread from its first call on.
 
     The number that the main thread set reaches another thread only after its first matrix product,
@@ -170,14 +176,20 @@ def _compute_alone() -> None:
         torch.set_num_threads(1)
 
 
+def _place(stage: AgentStage) -> tuple[bool, int]:
+    """Canaries after all agents, each in the one order of agents, however they came."""
+    agent = stage.seat.agent.removesuffix(CANARY)
+    return stage.seat.agent != agent, AGENTS.index(agent)
+
+
 class VotingStage:
     """All agent stages and the sequence windows they share, one ring a feature set."""
 
     def __init__(self, seats: Sequence[Seat], *, capacity: int = 64) -> None:
-        self.stages = [AgentStage(seat) for seat in seats]
+        self.stages = sorted((AgentStage(seat) for seat in seats), key=_place)
         self._capacity = capacity
         self._windows: dict[str, SequenceWindows] = {}
-        self._threads = ThreadPoolExecutor(max(len(seats), 1), "agent", initializer=_compute_alone)
+        self._threads = ThreadPoolExecutor(2 * max(len(seats), 1), "agent", initializer=compute_alone)
         self._open_windows()
 
     @property
@@ -201,14 +213,33 @@ class VotingStage:
             if self._lengths(feature_set.name) and feature_set.name not in self._windows:
                 self._windows[feature_set.name] = SequenceWindows(len(feature_set), self._capacity)
 
-    def reseat(self, seat: Seat) -> None:
-        """Swap one agent's model between two batches; its place and its warm-up stay.
+    def stage(self, agent: str) -> AgentStage | None:
+        """The stage of an agent, or of its canary."""
+        return next((stage for stage in self.stages if stage.seat.agent == agent), None)
 
-        Windows that no model reads any more are forgotten: kept without new vectors they would lie.
-        """
+    def serves(self, agent: str) -> bool:
+        """Whether the agent has a model."""
+        stage = self.stage(agent)
+        return stage is not None and stage.seat.model is not None
+
+    def reseat(self, seat: Seat) -> None:
+        """Swap one agent's model between two batches, or add one; its place and its warm-up stay."""
         for place, stage in enumerate(self.stages):
             if stage.seat.agent == seat.agent:
                 self.stages[place] = AgentStage(seat, active=stage.active)
+                break
+        else:
+            self.stages.append(AgentStage(seat))
+            self.stages.sort(key=_place)
+        self._tidy_windows()
+
+    def remove(self, agent: str) -> None:
+        """Take the seat of a canary away."""
+        self.stages = [stage for stage in self.stages if stage.seat.agent != agent]
+        self._tidy_windows()
+
+    def _tidy_windows(self) -> None:
+        """Windows that no model reads any more are forgotten: kept without new vectors they would lie."""
         for name in [name for name in self._windows if not self._lengths(name)]:
             del self._windows[name]
         self._open_windows()

@@ -36,6 +36,10 @@ def run(
     def stop(_number: int, _frame: Any) -> None:
         options.stop.set()
 
+    def reload(_number: int, _frame: Any) -> None:
+        options.reload.set()
+
+    signal.signal(signal.SIGHUP, reload)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     serve(reading(settings, bars), options, make_logger(settings.log_level))

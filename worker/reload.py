@@ -1,0 +1,280 @@
+"""Models come and go beside the running ones: loaded in a thread of their own, swapped between two batches."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from agents.agent import Refusal
+from agents.artifacts import Loading, LoadOptions, discover, load_agent, load_exact, load_file
+from agents.discovery import PREFIXES, candidate_of, ranks_above
+from streams.messages import Entry, Event, Reason, Reject
+from worker import control
+from worker.control import BadOrderError, Order
+from worker.pipeline import Pipeline
+from worker.roster import Artifact, Record
+from worker.voting import compute_alone
+
+Listing = tuple[tuple[str, int, int], ...]
+"""Names, sizes and times of an agent's files: a hint that something changed, never what decides."""
+
+
+class Shelf:
+    """The artifacts of the models folder, and those loaded already, by hash."""
+
+    def __init__(self, models: Path, options: LoadOptions) -> None:
+        self.models = models
+        self.options = options
+        self._held: dict[tuple[str, str], Loading] = {}
+        self._served: dict[tuple[str, Artifact | None, bool], Loading] = {}
+
+    def newest(self, agent: str) -> Loading:
+        """The artifact that the folder selects for `agent`, read again."""
+        return self._hold(load_agent(self.models, agent, self.options))
+
+    def named(self, agent: str, file: str) -> Loading:
+        """One file: in the folder, or where its path says."""
+        inside = self.models / file
+        return self._hold(load_file(inside if Path(file).name == file else Path(file), agent, self.options))
+
+    def exact(self, agent: str, artifact: Artifact) -> Loading:
+        """The artifact of that hash and no other."""
+        held = self._held.get((agent, artifact.sha256))
+        if held is not None:
+            return held
+        return self._hold(load_exact(self.models, agent, artifact.file, artifact.sha256, self.options))
+
+    def serving(self, agent: str, record: Record) -> Loading:
+        """What serves after a start: what the state names, if it is at hand; else the newest, unless it is pinned."""
+        key = agent, record.artifact, record.pinned
+        if key not in self._served:
+            self._served[key] = self._serve(agent, record)
+        return self._served[key]
+
+    def _serve(self, agent: str, record: Record) -> Loading:
+        if record.artifact is None:
+            return self.newest(agent)
+        loading = self.exact(agent, record.artifact)
+        return loading if loading.model is not None or record.pinned else self.newest(agent)
+
+    def _hold(self, loading: Loading) -> Loading:
+        if loading.model is not None:
+            self._held[loading.agent, loading.model.sha256] = loading
+        return loading
+
+    def keep(self, records: Mapping[str, Record]) -> None:
+        """Let go of every model that no record names."""
+        named = {
+            (agent, artifact.sha256)
+            for agent, record in records.items()
+            for artifact in (record.artifact, record.before, record.trial and record.trial.artifact)
+            if artifact
+        }
+        self._held = {key: loading for key, loading in self._held.items() if key in named}
+        self._served = {}
+
+
+class Watcher:
+    """Which artifact of the folder is new, complete and ranks above the one that serves."""
+
+    def __init__(self, models: Path, known: Mapping[str, str]) -> None:
+        """`known` is the file of each agent that was judged already: the one that serves, or was refused."""
+        self._models = models
+        self._known = dict(known)
+        self._seen: dict[str, Listing] = {}
+        self._settled: dict[str, Listing] = {}
+
+    def look(self, serving: Mapping[str, str]) -> list[str]:
+        """The agents, among those of `serving` (agent to the file it serves), whose newest artifact is to be loaded.
+
+        Files are taken once two looks saw them alike: the model is written last, and may still grow.
+        """
+        listings = _listings(self._models, serving)
+        ripe = [agent for agent, listing in listings.items() if self._seen.get(agent) == listing]
+        self._seen |= listings
+        return [agent for agent in ripe if self._is_new(agent, serving[agent], listings[agent])]
+
+    def _is_new(self, agent: str, serves: str, listing: Listing) -> bool:
+        first = agent not in self._settled
+        if self._settled.get(agent) == listing:
+            return False
+        self._settled[agent] = listing
+        best = next(iter(discover(self._models, agent)), None)
+        if best is None or (first and best.file.name == self._known.get(agent)):
+            return False
+        running = candidate_of(Path(serves), agent) if serves else None
+        return running is None or best.file.name == running.file.name or ranks_above(best, running)
+
+
+def _listings(models: Path, agents: Iterable[str]) -> dict[str, Listing]:
+    """The files of each agent in the folder."""
+    try:
+        with os.scandir(models) as found:
+            files = [(e.name, e.stat(follow_symlinks=False)) for e in found]
+    except OSError:
+        return {}  # a folder that is away for a moment, or a file that was being renamed: the next look sees
+    rows = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
+    return {agent: tuple(row for row in rows if row[0].startswith(PREFIXES[agent])) for agent in agents}
+
+
+@dataclass(frozen=True)
+class Steered:
+    """What was changed between two batches: the orders that took effect, and what to say of it."""
+
+    entries: Sequence[Entry] = ()
+    events: Sequence[Event] = ()
+    rejects: Sequence[Reject] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.entries or self.events or self.rejects)
+
+    def __add__(self, other: Steered) -> Steered:
+        return Steered((*self.entries, *other.entries), (*self.events, *other.events), (*self.rejects, *other.rejects))
+
+
+@dataclass
+class Pending:
+    """An order that waits for its turn and its models. `entry` is None where it did not come over the stream."""
+
+    entry: Entry | None
+    order: Order | None
+    problem: str = ""
+    loads: list[Future[Loading]] | None = field(default=None)
+
+
+class Steering:
+    """Orders and the models folder, for one worker's loop: nothing here waits, `take` gives what is ready."""
+
+    def __init__(self, agents: Sequence[str], shelf: Shelf) -> None:
+        self.agents = agents
+        self.shelf = shelf
+        self._threads = ThreadPoolExecutor(1, "loader", initializer=compute_alone)
+        self._queue: deque[Pending] = deque()
+        self._watcher: Watcher | None = None
+        self._look: Future[list[Loading]] | None = None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether an order waits; nothing more of the control stream is read meanwhile."""
+        return bool(self._queue)
+
+    def start(self, loadings: Sequence[Loading]) -> None:
+        """Forget what waits, which will be read again; `loadings` are what serves or was refused."""
+        self._queue.clear()
+        self._look = None
+        known = {x.agent: x.candidate.file.name for x in loadings if x.candidate is not None}
+        self._watcher = Watcher(self.shelf.models, known)
+
+    def close(self) -> None:
+        """Wait for a load that is going on: a thread inside a library may not be left behind."""
+        self._threads.shutdown(cancel_futures=True)
+
+    def receive(self, entries: Iterable[Entry]) -> None:
+        """Queue the entries of the control stream."""
+        for entry in entries:
+            try:
+                self._queue.append(Pending(entry, control.parse(entry, self.agents)))
+            except BadOrderError as error:
+                self._queue.append(Pending(entry, None, str(error)))
+
+    def reload_all(self, by: str) -> None:
+        """As the order, without an entry of the stream: for a signal."""
+        self._queue.append(Pending(None, Order("reload", by=by)))
+
+    def look(self, pipeline: Pipeline) -> None:
+        """Look at the folder, in the background; what is new is loaded there."""
+        if self._look is None and self._watcher is not None:
+            self._look = self._threads.submit(self._look_now, self._watcher, watched(pipeline))
+
+    def _look_now(self, watcher: Watcher, serving: Mapping[str, str]) -> list[Loading]:
+        return [_loaded(partial(self.shelf.newest, agent), agent) for agent in watcher.look(serving)]
+
+    def take(self, pipeline: Pipeline) -> Steered:
+        """Change the pipeline by all that is ready, in order; between two batches only."""
+        steered = Steered()
+        while self._queue and (done := self._attempt(self._queue[0], pipeline)) is not None:
+            self._queue.popleft()
+            steered += done
+        if self._look is not None and self._look.done():
+            found, self._look = self._look.result(), None
+            steered += Steered(events=self._found(pipeline, found))
+        return steered
+
+    def _found(self, pipeline: Pipeline, found: Sequence[Loading]) -> list[Event]:
+        """Swap in what the folder has brought; an agent that was pinned meanwhile, or the same bytes, stay."""
+        free = watched(pipeline)
+        changed = [x for x in found if x.agent in free and not _serves(pipeline, x)]
+        return [control.reload(pipeline, loading, None) for loading in changed]
+
+    def _attempt(self, pending: Pending, pipeline: Pipeline) -> Steered | None:
+        """Carry out one order; None while its models are being loaded."""
+        entries = () if pending.entry is None else (pending.entry,)
+        if pending.order is None:
+            rejects = [Reject(entry, control.REASON, pending.problem, control.STAGE) for entry in entries]
+            return Steered(entries, rejects=rejects)
+        if pending.loads is None:
+            pending.loads = self._load(pending.order, pipeline)
+        if not all(load.done() for load in pending.loads):
+            return None
+        events = self._carry_out(pending.order, [load.result() for load in pending.loads], pipeline)
+        return Steered(entries, events=events)
+
+    def _load(self, order: Order, pipeline: Pipeline) -> list[Future[Loading]]:
+        """Start loading what the order needs."""
+        record = pipeline.records.get(order.agent)
+        calls: list[tuple[str, Callable[[], Loading]]] = []
+        if order.order == "reload":
+            calls = [(agent, partial(self.shelf.newest, agent)) for agent in self._reloaded(order, pipeline)]
+        elif order.order in control.TRIALS and record is not None and record.trial is None:
+            calls = [(order.agent, partial(self.shelf.named, order.agent, order.file))]
+        elif order.order == "rollback" and record is not None and record.trial is None and record.before is not None:
+            calls = [(order.agent, partial(self.shelf.exact, order.agent, record.before))]
+        return [self._threads.submit(_loaded, call, agent) for agent, call in calls]
+
+    def _reloaded(self, order: Order, pipeline: Pipeline) -> list[str]:
+        """The agents that a reload is about: the named one, or all that are not pinned."""
+        return [order.agent] if order.agent else [a for a in self.agents if not pipeline.records[a].pinned]
+
+    def _carry_out(self, order: Order, loaded: Sequence[Loading], pipeline: Pipeline) -> list[Event]:
+        if order.order == "reload":
+            events = [control.reload(pipeline, loading, order) for loading in loaded]
+            left_out = [] if order.agent else [a for a in self.agents if a not in {x.agent for x in loaded}]
+            return [*events, *(control.skipped(pipeline, agent, order) for agent in left_out)]
+        if order.order in control.TRIALS:
+            nothing = Loading(order.agent)
+            return [control.begin_trial(pipeline, order, loaded[0] if loaded else nothing)]
+        if order.order == "rollback":
+            if pipeline.records[order.agent].trial is not None:
+                return [control.end_trial(pipeline, order)]
+            return [control.go_back(pipeline, order, loaded[0] if loaded else None)]
+        act = {"mute": control.mute, "unmute": control.unmute, "promote": control.promote}[order.order]
+        return [act(pipeline, order)]
+
+
+def watched(pipeline: Pipeline) -> dict[str, str]:
+    """The agents that a newer file of the folder may replace, and the file that each serves, if any."""
+    return {
+        agent: Path(record.artifact.file).name if record.artifact and pipeline.voting.serves(agent) else ""
+        for agent, record in pipeline.records.items()
+        if not record.pinned and record.trial is None
+    }
+
+
+def _serves(pipeline: Pipeline, loading: Loading) -> bool:
+    record = pipeline.records[loading.agent]
+    if loading.model is None or record.artifact is None:
+        return False
+    return pipeline.voting.serves(loading.agent) and record.artifact.sha256 == loading.model.sha256
+
+
+def _loaded(load: Callable[[], Loading], agent: str) -> Loading:
+    """What `load` gives; whatever goes wrong beside a running model is a refusal, never the end of the worker."""
+    try:
+        return load()
+    except Exception as error:  # noqa: BLE001 - said in the event, with its text
+        return Loading(agent, refusal=Refusal(Reason.CORRUPT_ARTIFACT, f"it cannot be loaded: {error!r}"))

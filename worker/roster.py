@@ -1,0 +1,77 @@
+"""What serves, as part of the commit: each agent's artifact, the one before it, and the trial beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from agents.agent import Model
+from streams.codec import StateCorruptError, seal, unseal
+from streams.messages import AgentState
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A model file: where it was found, the version in its name, and the hash that decides whether it is the one."""
+
+    file: str
+    version: str
+    sha256: str
+
+    @classmethod
+    def of(cls, model: Model) -> Artifact:
+        return cls(str(model.file), model.version, model.sha256)
+
+    def evidence(self) -> dict[str, str]:
+        return {"version": self.version, "sha256": self.sha256, "file": self.file}
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A version beside the running one. `kind` is `canary` or `shadow`.
+
+    `since` is the bar time of its first vote, None before it; `passed` once its period is over;
+    `active` once any series had its full window.
+    """
+
+    kind: AgentState
+    artifact: Artifact
+    since: int | None = None
+    passed: bool = False
+    active: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One agent. `pinned`: no newer file of the folder replaces it until an operator reloads the agent."""
+
+    artifact: Artifact | None = None
+    active: bool = False
+    pinned: bool = False
+    before: Artifact | None = None
+    trial: Trial | None = None
+
+    def pack(self) -> bytes:
+        trial = self.trial
+        kept = trial and [str(trial.kind), _plain(trial.artifact), trial.since, trial.passed, trial.active]
+        return seal([_plain(self.artifact), self.active, self.pinned, _plain(self.before), kept])
+
+    @classmethod
+    def unpack(cls, name: str, data: bytes) -> Record:
+        """Raises `StateCorruptError` where the bytes are not what `pack` wrote."""
+        try:
+            artifact, active, pinned, before, kept = unseal(name, data)
+            trial = kept and Trial(AgentState(kept[0]), Artifact(*kept[1]), *kept[2:])
+            return cls(artifact and Artifact(*artifact), active, pinned, before and Artifact(*before), trial)
+        except (TypeError, ValueError) as error:
+            raise StateCorruptError(name, f"its layout is not this program's ({error})") from error
+
+
+def _plain(artifact: Artifact | None) -> list[Any] | None:
+    return None if artifact is None else [artifact.file, artifact.version, artifact.sha256]
+
+
+def records_of(fields: Mapping[bytes, bytes]) -> dict[str, Record]:
+    """Each agent's record in the part `agents` of stored state. Raises `StateCorruptError`."""
+    return {name.decode(): Record.unpack(name.decode(), data) for name, data in fields.items()}
