@@ -87,6 +87,121 @@ def verify_models(settings: Settings, as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
+Agent = Annotated[str, typer.Argument(metavar="AGENT", help="xgboost, lightgbm, nhits or patchtst.")]
+ModelFile = Annotated[Path, typer.Argument(metavar="FILE", help="The model file; its scaler lies beside it.")]
+Wait = Annotated[float, typer.Option("--wait", metavar="SECONDS", min=0, help="Wait this long for the answer.")]
+NoWait = Annotated[bool, typer.Option("--no-wait", help="Give the order and do not wait.")]
+OneEvent = Annotated[bool, typer.Option("--json", help="One JSON list of the events that answer.")]
+WAIT_S = 15.0
+
+
+@app.command("reload")
+@with_settings
+def reload_models(
+    settings: Settings,
+    agent: Annotated[str, typer.Argument(metavar="[AGENT]", help="One agent; every one that is not pinned.")] = "",
+    wait: Wait = WAIT_S,
+    no_wait: NoWait = False,
+    as_json: OneEvent = False,
+) -> None:
+    """Load the newest artifact beside the running one and swap it in between two bars; kept as it is on any failure."""
+    _order(settings, "reload", agent, None, 0 if no_wait else wait, as_json=as_json)
+
+
+@app.command("canary")
+@with_settings
+def canary(
+    settings: Settings,
+    agent: Agent,
+    file: ModelFile,
+    wait: Wait = WAIT_S,
+    no_wait: NoWait = False,
+    as_json: OneEvent = False,
+) -> None:
+    """Put a new version beside the running one, with a tenth of the weight; any violation rolls it back."""
+    _order(settings, "canary", agent, file, 0 if no_wait else wait, as_json=as_json)
+
+
+@app.command("shadow")
+@with_settings
+def shadow(
+    settings: Settings,
+    agent: Agent,
+    file: ModelFile,
+    wait: Wait = WAIT_S,
+    no_wait: NoWait = False,
+    as_json: OneEvent = False,
+) -> None:
+    """Put a new version beside the running one, with weight 0."""
+    _order(settings, "shadow", agent, file, 0 if no_wait else wait, as_json=as_json)
+
+
+@app.command("promote")
+@with_settings
+def promote(
+    settings: Settings, agent: Agent, wait: Wait = WAIT_S, no_wait: NoWait = False, as_json: OneEvent = False
+) -> None:
+    """Give the agent's seat to its canary or shadow; refused unless the gate passes with 200 votes."""
+    _order(settings, "promote", agent, None, 0 if no_wait else wait, as_json=as_json)
+
+
+@app.command("rollback")
+@with_settings
+def rollback(
+    settings: Settings, agent: Agent, wait: Wait = WAIT_S, no_wait: NoWait = False, as_json: OneEvent = False
+) -> None:
+    """Take the canary or shadow away or, where there is none, serve again what served before."""
+    _order(settings, "rollback", agent, None, 0 if no_wait else wait, as_json=as_json)
+
+
+@app.command("mute")
+@with_settings
+def mute(
+    settings: Settings, agent: Agent, wait: Wait = WAIT_S, no_wait: NoWait = False, as_json: OneEvent = False
+) -> None:
+    """Take the agent's weight away until it is unmuted; its votes are still written."""
+    _order(settings, "mute", agent, None, 0 if no_wait else wait, as_json=as_json)
+
+
+@app.command("unmute")
+@with_settings
+def unmute(
+    settings: Settings, agent: Agent, wait: Wait = WAIT_S, no_wait: NoWait = False, as_json: OneEvent = False
+) -> None:
+    """Let a muted agent vote again, from an empty window."""
+    _order(settings, "unmute", agent, None, 0 if no_wait else wait, as_json=as_json)
+
+
+def _order(settings: Settings, order: str, agent: str, file: Path | None, wait_s: float, *, as_json: bool) -> None:
+    """Give one order and say what became of it: exit code 0 done, 1 refused, 3 nobody answered."""
+    from streams.keys import Keys
+    from worker import ordering
+    from worker.assembly import open_client, server_url
+    from worker.errors import Unavailable, UsageError
+
+    if agent not in settings.agents and (agent or order != "reload"):
+        raise UsageError(f"agent {agent!r} is not configured; the agents are {', '.join(settings.agents)}")
+    given = ordering.order_for(order, agent, file, settings.models)
+    keys = Keys(settings.namespace)
+    with server_url(settings, start=False) as url, open_client(url) as client:
+        order_id, after = ordering.give(client, keys, given)
+        events = ordering.answers(client, keys, order_id, after, wait_s) if wait_s else []
+    if wait_s and not events:
+        raise Unavailable(
+            f"no worker of namespace {settings.namespace} answered order {order_id} within {wait_s:g} s; it is kept "
+            "and carried out when one runs: see `quartet run`, and the stream of events"
+        )
+    if as_json:
+        _print_json(events)
+    elif not wait_s:
+        typer.echo(f"ordered: {order} {agent} ({order_id})")
+    for event in [] if as_json else events:
+        typer.echo(" ".join(part for part in (event["kind"], event["agent"], event["reason"]) if part))
+        typer.echo(f"  {event['detail']}")
+    if any(event["kind"] in ordering.REFUSALS for event in events):
+        raise typer.Exit(1)
+
+
 def _load_options(settings: Settings) -> LoadOptions:
     """How the worker would load; also sets the one torch thread with which it would compute."""
     from worker.assembly import load_options, use_one_thread_a_model
