@@ -43,15 +43,16 @@ def deciding(settings: Settings) -> dict[str, Any]:
 
 def started(settings: Settings, loadings: Sequence[Loading], position: Position) -> Event:
     """The event of a start: everything that a replay needs besides the bars, and where it took effect."""
-    models = {x.agent: x.model for x in loadings}
     program = build()
     evidence = {
         "settings": deciding(settings),
         "build": program,
         "contracts": {name: s.contract for name, s in FEATURE_SETS.items()},
         "agents": {
-            agent: None if model is None else {"version": model.version, "sha256": model.sha256}
-            for agent, model in models.items()
+            x.agent: {"version": x.model.version, "sha256": x.model.sha256}
+            if x.model
+            else {"refused": str(x.refusal.reason) if x.refusal else ""}
+            for x in loadings
         },
         "position": {key: at.id for key, at in position.inputs.items()},
     }

@@ -1,0 +1,233 @@
+"""A recording is computed again and found the same; whatever was changed in it is found and named."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streams.recording import Item, Recorded
+from tests.chaos.scene import market
+from tests.replay.scene import Scene, edited, rewrite
+from worker.errors import CheckFailed
+from worker.replay.verify import Verdict
+
+Day = tuple[Scene, Path]
+VOTES = ("votes:xgboost", "votes:lightgbm", "votes:nhits", "votes:patchtst")
+
+
+@pytest.fixture(scope="module")
+def plain(day: Day) -> Verdict:
+    scene, file = day
+    return scene.verify(file)
+
+
+def test_what_a_worker_did_is_computed_again_to_the_bit(plain: Verdict) -> None:
+    assert plain.ok
+    assert plain.comparison.tolerance == 0.0
+    assert plain.other_build == []
+    # 780 bars, less 3 that were refused, 1 doubled and 3 left out.
+    assert plain.bars == 773
+    compared = plain.comparison.compared
+    assert compared["features"] == 773
+    # Networks vote, or say why not, from the 30th bar of a symbol on.
+    assert {compared[stream] for stream in (*VOTES, "signals")} == {773 - 3 * 29}
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+def test_the_result_does_not_depend_on_the_batches(day: Day, plain: Verdict, batch_size: int) -> None:
+    scene, file = day
+    again = scene.verify(file, batch_size=batch_size)
+    assert again.ok
+    assert again.comparison.compared == plain.comparison.compared
+
+
+@pytest.mark.parametrize(("batch_size", "restart_every"), [(64, 1), (37, 3)])
+def test_the_result_does_not_depend_on_restarts(day: Day, plain: Verdict, batch_size: int, restart_every: int) -> None:
+    scene, file = day
+    again = scene.verify(file, batch_size=batch_size, restart_every=restart_every)
+    assert again.ok
+    assert again.comparison.compared == plain.comparison.compared
+
+
+def _nth(stream: str, n: int, edit: Callable[[dict[str, Any]], object]) -> Callable[[Item], list[Item]]:
+    """Edit the n-th entry of a stream, from 0, and leave all else."""
+    seen = 0
+
+    def change(item: Item) -> list[Item]:
+        nonlocal seen
+        if not isinstance(item, Recorded) or item.stream != stream:
+            return [item]
+        seen += 1
+        return [edited(item, edit) if seen == n + 1 else item]
+
+    return change
+
+
+def test_a_changed_confidence_is_named_with_its_bar_and_agent_and_both_values(day: Day, tmp_path: Path) -> None:
+    scene, file = day
+    kept: dict[str, Any] = {}
+
+    def edit(vote: dict[str, Any]) -> None:
+        kept.update(vote)
+        vote["confidence"] = vote["confidence"] / 2 + 0.1
+
+    found = scene.verify(rewrite(file, tmp_path / "changed.jsonl.zst", _nth("votes:nhits", 400, edit)))
+    first = found.comparison.first
+    assert not found.ok
+    assert found.comparison.differences == 1
+    assert first is not None
+    assert (first.bar_id, first.stream, first.agent, first.field) == (
+        kept["bar_id"],
+        "votes:nhits",
+        "nhits",
+        "confidence",
+    )
+    assert first.recorded == kept["confidence"] / 2 + 0.1
+    assert first.recomputed == kept["confidence"]
+
+
+def test_a_changed_feature_is_named(day: Day, tmp_path: Path) -> None:
+    scene, file = day
+    kept: dict[str, Any] = {}
+
+    def edit(vector: dict[str, Any]) -> None:
+        kept.update(vector, values=dict(vector["values"]))
+        vector["values"]["rsi_14"] += 1e-9
+
+    found = scene.verify(rewrite(file, tmp_path / "changed.jsonl.zst", _nth("features", 300, edit)))
+    first = found.comparison.first
+    assert first is not None
+    assert (first.bar_id, first.stream, first.feature) == (kept["bar_id"], "features", "rsi_14")
+    assert first.recomputed == kept["values"]["rsi_14"]
+    assert found.comparison.differing == {"features": 1} or found.comparison.differing["features"] == 1
+
+
+def test_a_changed_action_of_a_signal_is_named(day: Day, tmp_path: Path) -> None:
+    scene, file = day
+
+    def edit(signal: dict[str, Any]) -> None:
+        signal["action"] = "BUY" if signal["action"] != "BUY" else "SELL"
+        signal["votes"]["xgboost"]["effective_weight"] = 0.5
+
+    found = scene.verify(rewrite(file, tmp_path / "changed.jsonl.zst", _nth("signals", 500, edit)))
+    first = found.comparison.first
+    assert first is not None
+    assert (first.stream, first.field, first.agent) == ("signals", "action", "")
+    assert found.comparison.differences == 2
+
+
+def test_the_first_difference_is_the_first_by_bar(day: Day, tmp_path: Path) -> None:
+    scene, file = day
+    later = _nth("features", 600, lambda x: x["values"].update(close=1.0))
+    earlier = _nth("votes:patchtst", 10, lambda x: x.update(action="SELL", confidence=1.0))
+    changed = rewrite(file, tmp_path / "changed.jsonl.zst", lambda item: earlier(later(item)[0]))
+    found = scene.verify(changed).comparison
+    assert found.first is not None
+    assert (found.first.stream, found.first.agent) == ("votes:patchtst", "patchtst")
+    assert set(found.firsts) == {"votes:patchtst", "features"}
+
+
+def test_entries_that_are_missing_or_too_many_are_named_and_the_rest_still_fits(day: Day, tmp_path: Path) -> None:
+    scene, file = day
+    seen: dict[str, int] = {}
+
+    def change(item: Item) -> list[Item]:
+        seen[item.stream] = seen.get(item.stream, 0) + 1
+        if (item.stream, seen[item.stream]) == ("votes:xgboost", 50):
+            return []
+        return [item, item] if (item.stream, seen[item.stream]) == ("signals", 70) else [item]
+
+    found = scene.verify(rewrite(file, tmp_path / "changed.jsonl.zst", change)).comparison
+    assert {name: n for name, n in found.differing.items() if n} == {"votes:xgboost": 1, "signals": 1}
+    assert found.first is not None
+    assert (found.first.stream, found.first.field, found.first.recorded) == ("votes:xgboost", "entry", "(absent)")
+
+
+def test_a_model_that_is_not_at_hand_is_named_and_the_rest_is_verified(day: Day, models: Path, tmp_path: Path) -> None:
+    scene, file = day
+    fewer = tmp_path / "models"
+    shutil.copytree(models, fewer, ignore=shutil.ignore_patterns("nhits*"))
+    found = scene.verify(file, models=fewer)
+    assert [agent for agent, _ in found.missing] == ["nhits"]
+    assert not found.ok
+    assert found.same
+    assert found.comparison.compared["votes:patchtst"] == found.comparison.compared["signals"] > 0
+    assert "votes:nhits" not in found.comparison.compared
+
+
+def test_consensus_over_votes_taken_over_is_still_verified(day: Day, models: Path, tmp_path: Path) -> None:
+    scene, file = day
+    fewer = tmp_path / "models"
+    shutil.copytree(models, fewer, ignore=shutil.ignore_patterns("nhits*", "patchtst*"))
+    changed = _nth("votes:nhits", 500, lambda vote: vote.update(action="BUY", confidence=0.9999))
+    found = scene.verify(rewrite(file, tmp_path / "changed.jsonl.zst", changed), models=fewer)
+    assert found.comparison.first is not None
+    assert (found.comparison.first.stream, found.comparison.first.agent) == ("signals", "nhits") or (
+        found.comparison.first.stream == "signals"
+    )
+
+
+def test_a_file_of_the_same_version_with_other_bytes_is_not_taken(day: Day, models: Path, tmp_path: Path) -> None:
+    scene, file = day
+    other = tmp_path / "models"
+    shutil.copytree(models, other)
+    model = next(other.glob("lightgbm_v*.txt"))
+    model.write_bytes(model.read_bytes() + b"\n")
+    found = scene.verify(file, models=other)
+    ((agent, version), why), *_ = found.missing.items()
+    assert (agent, len(found.missing)) == ("lightgbm", 1)
+    assert version in why
+
+
+def test_a_recording_of_another_build_is_compared_within_a_hundred_thousandth(day: Day, tmp_path: Path) -> None:
+    scene, file = day
+
+    def other(item: Item) -> list[Item]:
+        started = isinstance(item, Recorded) and item.stream == "events" and b'"started"' in item.fields[b"data"]
+        if started:
+            return [edited(item, lambda event: event["evidence"]["build"].update(numpy="1.0"))]
+        return _nudge(item)
+
+    def _nudge(item: Item) -> list[Item]:
+        if item.stream == "features":
+            return [edited(item, lambda x: x["values"].update(close=x["values"]["close"] * (1 + 5e-6)))]
+        return [item]
+
+    found = scene.verify(rewrite(file, tmp_path / "other.jsonl.zst", other))
+    assert found.ok
+    assert found.comparison.tolerance == 1e-5
+    assert any(line.startswith("numpy 1.0, here") for line in found.other_build)
+
+
+def test_a_recording_that_begins_later_is_refused_with_the_reason(scene: Scene, tmp_path: Path) -> None:
+    scene.feed(market(1, 50))
+    scene.work()
+    file = tmp_path / "late.jsonl.zst"
+    scene.record(file, from_now=True)
+    with pytest.raises(CheckFailed, match="begins 50 bars after the start"):
+        scene.verify(file)
+
+
+def test_a_restart_with_other_settings_and_another_model_is_followed(
+    scene: Scene, models: Path, tmp_path: Path
+) -> None:
+    """The worker of the second half has other weights, another quorum and a newer model of one agent."""
+    bars = market(2, 240, seed=5)
+    scene.feed(bars[:300])
+    scene.work()
+    newer = tmp_path / "newer"
+    shutil.copytree(models, newer)
+    for path in sorted(newer.glob("xgboost_v*")):
+        path.rename(path.with_name(path.name.replace("xgboost_v20", "xgboost_v30")))
+    scene.feed(bars[300:], first=300)
+    scene.work(models=newer, quorum=2, weights={"nhits": 0.9})
+    file = tmp_path / "two.jsonl.zst"
+    scene.record(file)
+    shutil.copytree(models, newer, dirs_exist_ok=True)
+    found = scene.verify(file, models=newer)
+    assert found.ok, found.as_json()
+    assert found.comparison.compared["signals"] == 480 - 2 * 29

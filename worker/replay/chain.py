@@ -1,0 +1,309 @@
+"""The pipeline of a recording: what decided then, decides again.
+
+A start of the worker is a start of the pipeline over the state as it was committed; what operators
+and reloads changed is done again between the same two bars. An agent whose model is not at hand
+gives its recorded votes, with the state and the reason that they had.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import orjson
+
+from agents.agent import Refusal
+from streams.messages import Action, AgentState, Entry, Event, Reason
+from streams.validation import LATEST_TS_MS
+from worker.assembly import load_options, pipeline_factory
+from worker.batches import STATE_CODE, Ballot, Vectors
+from worker.errors import CheckFailed
+from worker.pipeline import Pipeline, Result
+from worker.qsc import CANARY, Safeguard
+from worker.replay.outline import VOTES, Outline, Step, steps_in_order
+from worker.replay.shelf import Shelf
+from worker.replay.source import Source
+from worker.settings import Settings
+from worker.voting import AgentStage, Seat, Stopwatch, Windows
+
+State = dict[str, dict[bytes, bytes]]
+_AS_RECORDED = "as recorded"
+
+
+class RecordedStage(AgentStage):
+    """An agent that says what it said then."""
+
+    def __init__(self, seat: Seat, source: Source) -> None:
+        super().__init__(seat, active=True)
+        self._source = source
+
+    def vote(self, vectors: Vectors, windows: Mapping[str, Windows], stopwatch: Stopwatch = nullcontext) -> Ballot:
+        """The recorded ballot over the voted rows of `vectors`; rows without a vote are absent."""
+        del windows, stopwatch
+        votes = [self._vote(vectors.accepted.bars[i].bar_id) for i in vectors.index]
+        outputs = _outputs(votes)
+        given = [vote or _NO_VOTE for vote in votes]
+        return Ballot(
+            agent=self.seat.agent,
+            version=next((vote["version"] for vote in votes if vote), None),
+            weight=self.seat.weight,
+            action=np.array([Action[vote["action"]] for vote in given], np.int8).reshape(-1),
+            confidence=np.array([vote["confidence"] for vote in given], np.float64).reshape(-1),
+            outputs=outputs,
+            answered=np.array([vote["outputs"] is not None for vote in given], np.bool_).reshape(-1),
+            state=np.array([STATE_CODE[AgentState(vote["state"])] for vote in given], np.int8).reshape(-1),
+            reason=tuple(vote["reason"] for vote in given),
+            present=None if all(votes) else np.array([vote is not None for vote in votes], np.bool_),
+        )
+
+    def _vote(self, bar_id: str) -> Mapping[str, Any] | None:
+        found = self._source.peek(VOTES + self.seat.agent)
+        vote = None if found is None else orjson.loads(found.fields[b"data"])
+        if vote is None or vote["bar_id"] != bar_id:
+            return None
+        self._source.take(VOTES + self.seat.agent, 1)
+        return vote  # type: ignore[no-any-return]
+
+
+_NO_VOTE: Mapping[str, Any] = {
+    "action": "ABSTAIN",
+    "confidence": 0.0,
+    "outputs": None,
+    "state": str(AgentState.REFUSED),
+    "reason": None,
+}
+
+
+def _outputs(votes: Sequence[Mapping[str, Any] | None]) -> Any:
+    widths = {len(vote["outputs"]) for vote in votes if vote and vote["outputs"] is not None}
+    if not widths:
+        return None
+    outputs = np.full((len(votes), max(widths)), np.nan)
+    for row, vote in enumerate(votes):
+        if vote and vote["outputs"] is not None:
+            outputs[row] = vote["outputs"]
+    return outputs
+
+
+class _Watch(Safeguard):
+    """The safeguard, which leaves recorded ballots as they are: their states are recorded too."""
+
+    recorded: frozenset[str] = frozenset()
+
+    def watch(self, vectors: Vectors, ballots: Sequence[Ballot]) -> tuple[list[Ballot], list[Event]]:
+        judged, events = super().watch(vectors, [b for b in ballots if b.agent not in self.recorded])
+        by_agent = {ballot.agent: ballot for ballot in judged}
+        return [by_agent.get(ballot.agent, ballot) for ballot in ballots], events
+
+
+@dataclass
+class Chain:
+    """Computes a recording again, in any batches. `restart_every` starts anew after that many batches, for tests."""
+
+    settings: Settings
+    outline: Outline
+    source: Source
+    restart_every: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        start = self.outline.starts[0] if self.outline.starts else None
+        if start is None:
+            self.notes.append("the recording has no start of a worker: verified with the settings of this machine")
+        self._applied = self._settings(start)
+        self.shelf = Shelf(self.settings.models, load_options(self._applied), self.outline.hashes)
+        self._steps = steps_in_order(self.outline)
+        self._state: State = defaultdict(dict)
+        self._batches = 0
+        self.pipeline = self._make(self._first_seats(start))
+
+    @property
+    def recorded(self) -> frozenset[str]:
+        """The agents whose votes are taken over at present."""
+        return frozenset(s.seat.agent for s in self.pipeline.voting.stages if isinstance(s, RecordedStage))
+
+    def run(self, batch_size: int, stopwatch: Stopwatch = nullcontext) -> Iterator[tuple[Result, frozenset[str]]]:
+        """Every batch and the agents that were taken over in it. Cuts where something changed in between."""
+        held: list[Entry] = []
+        while held := held or self.source.entries(batch_size):
+            while self._steps and self._steps[0].is_due(held[0]):
+                self._apply(self._steps.pop(0))
+            cut = self._next_cut(held)
+            entries, held = held[:cut], held[cut:]
+            result = self.pipeline.process(
+                entries, LATEST_TS_MS, poison=frozenset(self.outline.left_out), stopwatch=stopwatch
+            )
+            self._keep(result.state, result.drops)
+            yield result, self.recorded
+            self._batches += 1
+            if self.restart_every and self._batches % self.restart_every == 0:
+                self._restart()
+
+    def close(self) -> None:
+        self.pipeline.voting.close()
+
+    def _next_cut(self, entries: Sequence[Entry]) -> int:
+        if not self._steps:
+            return len(entries)
+        return next((i for i, entry in enumerate(entries) if self._steps[0].is_due(entry)), len(entries))
+
+    # ------------------------------------------------------------------ starting
+
+    def _settings(self, start: Step | None) -> Settings:
+        """The settings of a start; what only this machine knows stays, and lateness is not judged again."""
+        if start is None:
+            return self.settings
+        known = {k: v for k, v in start.evidence["settings"].items() if k in Settings.model_fields}
+        unknown = sorted(set(start.evidence["settings"]) - set(known))
+        if unknown:
+            self.notes.append(f"settings that this program does not have are left out: {', '.join(unknown)}")
+        values = {name: getattr(self.settings, name) for name in ("models", "state_dir")}
+        namespace = {"namespace": self.source.namespace}
+        return Settings(**{**known, **values, **namespace})
+
+    def _first_seats(self, start: Step | None) -> list[Seat]:
+        if start is not None:
+            return self._seats(start)
+        named = {agent: self.outline.versions.get(agent, (None, "")) for agent in self._applied.agents}
+        return [self._seat(agent, version, reason) for agent, (version, reason) in named.items()]
+
+    def _seats(self, start: Step) -> list[Seat]:
+        agents = {agent: named or {} for agent, named in start.evidence["agents"].items()}
+        named = {agent: agents.get(agent, {}) for agent in self._applied.agents}
+        return [self._seat(agent, one.get("version"), one.get("refused", "")) for agent, one in named.items()]
+
+    def _seat(self, agent: str, version: str | None, reason: str) -> Seat:
+        weight = self._applied.weights[agent]
+        if version is not None:
+            loading = self.shelf.find(agent, version)
+            return Seat(agent, weight, loading.model, loading.refusal)
+        refused = Reason(reason) if reason in tuple(Reason) else Reason.NO_ARTIFACT
+        return Seat(agent, weight, refusal=Refusal(refused, _AS_RECORDED))
+
+    def _make(self, seats: Sequence[Seat]) -> Pipeline:
+        """A fresh pipeline; a seat whose model is not at hand is taken over."""
+        self.pipeline = pipeline_factory(self._applied)(seats)
+        self.pipeline.safeguard = _Watch(self._applied.quality)
+        self.pipeline.intake.stale_bars = self.outline.stale
+        for seat in seats:
+            if seat.refusal is not None and seat.refusal.detail != _AS_RECORDED:
+                self._take_over(seat.agent)
+        return self.pipeline
+
+    def _take_over(self, agent: str) -> None:
+        """Let the recorded votes stand for a model that is not at hand."""
+        voting = self.pipeline.voting
+        old = voting.stage(agent)
+        seat = Seat(agent, self._applied.canary_share) if old is None else replace(old.seat, model=None, refusal=None)
+        voting.reseat(replace(seat, refusal=Refusal(Reason.NO_ARTIFACT, "not at hand")))
+        place = next(i for i, stage in enumerate(voting.stages) if stage.seat.agent == agent)
+        voting.stages[place] = RecordedStage(voting.stages[place].seat, self.source)
+        self._mind()
+
+    def _mind(self) -> None:
+        assert isinstance(self.pipeline.safeguard, _Watch)  # noqa: S101 - made so
+        self.pipeline.safeguard.recorded = self.recorded
+
+    def _restart(self, start: Step | None = None) -> None:
+        """A pipeline of its own over the committed state, as after a restart of the worker."""
+        old = self.pipeline
+        seats = [stage.seat for stage in old.voting.stages]
+        if start is not None:
+            self._applied = self._settings(start)
+            trials = [seat for seat in seats if seat.agent.endswith(CANARY)]
+            seats = [*self._seats(start), *trials]
+        self._keep({"agents": old.agent_changes()}, ())
+        pipeline = self._make(seats)
+        pipeline.restore(self._state)
+        for part in pipeline.unused(self._state):
+            self._state.pop(part)
+        old.voting.close()
+        self._mind()
+
+    def _keep(self, state: Mapping[str, Sequence[tuple[bytes, bytes]]], drops: Sequence[str]) -> None:
+        for part in drops:
+            self._state.pop(part, None)
+        for part, fields in state.items():
+            self._state[part].update(fields)
+
+    # ------------------------------------------------------------------ what changed between two bars
+
+    def _apply(self, step: Step) -> None:
+        if step.kind == "started":
+            self._restart(step)
+            return
+        self._change(step)
+        self._keep(*self.pipeline.settle())
+        self._mind()
+
+    def _change(self, step: Step) -> None:
+        agent = step.agent.removesuffix(CANARY)
+        beside = agent != step.agent
+        version = step.evidence.get("version")
+        if step.kind == "gap":
+            self.pipeline.intake.rewarm_all()
+        elif step.kind == "agent_muted" and step.reason == "operator":
+            self.pipeline.safeguard.mute(agent)
+        elif step.kind == "agent_readmitted" and step.reason == "operator":
+            self.pipeline.safeguard.unmute(agent)
+        elif step.kind in ("canary_started", "shadow_started"):
+            self._begin_trial(agent, str(version), AgentState(step.kind.removesuffix("_started")))
+        elif step.kind == "promoted":
+            self._promote(agent, str(version))
+        elif step.kind == "rolled_back" and beside:
+            self._end_trial(agent)
+        elif step.kind in ("rolled_back", "reload") or (step.kind == "version" and not beside):
+            self._install(agent, version, pinned=step.kind == "rolled_back")
+
+    def _begin_trial(self, agent: str, version: str, kind: AgentState) -> None:
+        loading = self.shelf.find(agent, version)
+        if loading.model is None:
+            self._take_over(agent + CANARY)
+        else:
+            self.pipeline.begin_trial(agent, loading.model, kind)
+
+    def _end_trial(self, agent: str) -> None:
+        if self.pipeline.records[agent].trial is not None:
+            self.pipeline.end_trial(agent)
+        elif self.pipeline.voting.stage(agent + CANARY) is not None:
+            self.pipeline.voting.remove(agent + CANARY)
+
+    def _promote(self, agent: str, version: str) -> None:
+        if self.pipeline.records[agent].trial is not None and agent not in self.recorded:
+            self.pipeline.promote(agent)
+            return
+        self._end_trial(agent)
+        self._install(agent, version, pinned=True)
+
+    def _install(self, agent: str, version: str | None, *, pinned: bool) -> None:
+        """Seat the model of a version, unless it sits there already."""
+        stage = self.pipeline.voting.stage(agent)
+        if stage is None or version is None:
+            return
+        if stage.seat.model is not None and stage.seat.model.version == version:
+            return
+        loading = self.shelf.find(agent, version)
+        if loading.model is None:
+            self._take_over(agent)
+        else:
+            self.pipeline.install(agent, loading.model, pinned=pinned)
+
+
+def check_beginning(header: Mapping[str, Any], outline: Outline) -> None:
+    """Raise `CheckFailed` where a recording lacks bars that its features remember."""
+    inputs = set(header["inputs"])
+    before = sum(added for key, (_, added) in header["positions"].items() if key in inputs)
+    if before:
+        raise CheckFailed(
+            f"the recording begins {before} bars after the start of its input, and features remember every bar: it can "
+            "be replayed, but not verified; record from the start of a namespace, without --from-now"
+        )
+    if outline.lost["bars"]:
+        raise CheckFailed(
+            f"{outline.lost['bars']} bars were trimmed before they were recorded, and features remember every bar: the "
+            "recording can be replayed, but not verified; record a stream that keeps more"
+        )

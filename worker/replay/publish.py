@@ -1,0 +1,119 @@
+"""`quartet replay FILE`: bars of a recording, csv or parquet file onto a stream, with their own times."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from streams.recording import Recorded, Recording, is_recording
+from streams.validation import BadBarError, interval_ms, read_fields
+from worker.errors import UsageError
+from worker.training.bars import read_bars
+
+AT_ONCE = 500
+PATIENCE_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """One entry to publish: when its bar closed, in ms, None where that cannot be read, and its fields."""
+
+    closes_ms: int | None
+    fields: dict[Any, Any]
+
+
+@dataclass
+class Pace:
+    """How fast: `speed` times the bars' own clock, None as fast as the server takes them."""
+
+    speed: float | None = None
+    maxlen: int | None = None
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+def read_speed(text: str) -> float | None:
+    """`max` or a number above 0. Raises `UsageError`."""
+    if text == "max":
+        return None
+    try:
+        speed = float(text)
+    except ValueError:
+        speed = 0.0
+    if not 0 < speed < float("inf"):
+        raise UsageError(f"--speed {text}: expected max, or a number above 0 such as 1 or 10")
+    return speed
+
+
+def count_bars(path: Path) -> int | None:
+    """How many entries `read_entries` gives, None where only reading tells."""
+    return None if is_recording(path) else len(read_bars(path).bars)
+
+
+def read_entries(path: Path) -> Iterator[Timed]:
+    """The entries to publish, in order: of a recording byte for byte, of other files by the time of the close."""
+    if is_recording(path):
+        for item in Recording(path):
+            if item.stream == "bars" and isinstance(item, Recorded):
+                yield Timed(_closes_ms(item), dict(item.fields))
+        return
+    bars = read_bars(path).bars
+    steps = {interval: interval_ms(str(interval)) for interval in np.unique(bars.interval)}
+    closes = bars.ts + np.array([steps[interval] for interval in bars.interval], np.int64)
+    for row in np.lexsort((bars.symbol, bars.interval, closes)):
+        numbers = zip(("open", "high", "low", "close", "volume"), bars.ohlcv[row].tolist(), strict=True)
+        flat = {"symbol": str(bars.symbol[row]), "ts": str(bars.ts[row]), "interval": str(bars.interval[row])}
+        yield Timed(int(closes[row]), {**flat, **{name: repr(x) for name, x in numbers}})
+
+
+def _closes_ms(item: Recorded) -> int | None:
+    try:
+        raw = read_fields(item.fields)
+        return int(raw["ts"]) + interval_ms(str(raw.get("interval") or "1m"))
+    except (BadBarError, KeyError, TypeError, ValueError):
+        return None
+
+
+def publish(
+    client: Any,
+    key: str,
+    entries: Iterable[Timed],
+    pace: Pace,
+    progress: Callable[[int], None],
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
+    """Append `entries` to the stream `key`, with IDs made by the server; how many. Ends early where told to stop."""
+    done = 0
+    for group in _groups(entries, pace, clock):
+        pipe = client.pipeline(transaction=False)
+        for entry in group:
+            pipe.xadd(key, entry.fields, maxlen=pace.maxlen, approximate=True)
+        pipe.execute()
+        done += len(group)
+        progress(len(group))
+        if pace.stop.is_set():
+            break
+    return done
+
+
+def _groups(entries: Iterable[Timed], pace: Pace, clock: Callable[[], float]) -> Iterator[list[Timed]]:
+    """What is due together; waits where there is a pace to keep."""
+    source = iter(entries)
+    if pace.speed is None:
+        while group := list(islice(source, AT_ONCE)):
+            yield group
+        return
+    began, first = clock(), None
+    for entry in source:
+        if entry.closes_ms is not None:
+            first = entry.closes_ms if first is None else first
+            while (left := began + (entry.closes_ms - first) / 1000 / pace.speed - clock()) > 0:
+                if pace.stop.wait(min(left, PATIENCE_S)):
+                    return
+        yield [entry]

@@ -1,0 +1,177 @@
+"""`quartet replay FILE --verify`: the pipeline over a recording, compared with what was recorded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streams.recording import Recording
+from worker.builds import build
+from worker.pipeline import Result, feature_messages, signal_messages, vote_messages
+from worker.replay.chain import Chain, check_beginning
+from worker.replay.compare import Comparison, Difference, Place
+from worker.replay.outline import VOTES, Outline, Progress, read_outline
+from worker.replay.source import Source
+from worker.settings import Settings
+
+TOLERANCE = 1e-5
+"""Relative or absolute, where the recording comes from another build."""
+
+FEATURES, SIGNALS = "features", "signals"
+
+
+@dataclass
+class Verdict:
+    """What a verification came to. `missing` are the models that were not at hand: (agent, version) to why."""
+
+    bars: int
+    comparison: Comparison
+    missing: Mapping[tuple[str, str], str]
+    notes: list[str]
+    leftover: Mapping[str, int]
+    seconds: float
+    models_s: float
+    other_build: list[str] = field(default_factory=list)
+
+    @property
+    def same(self) -> bool:
+        """Whether everything that could be compared is equal."""
+        return not self.comparison.differences and not self.leftover
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything was compared, and is equal."""
+        return self.same and not self.missing
+
+    def as_json(self) -> dict[str, Any]:
+        found = self.comparison
+        return {
+            "verified": self.ok,
+            "bars": self.bars,
+            "compared": dict(found.compared),
+            "differing": {stream: n for stream, n in found.differing.items() if n},
+            "differences": found.differences,
+            "first": found.first.as_json() if found.first else None,
+            "first_of": {stream: one.as_json() for stream, one in found.firsts.items()},
+            "missing_models": [
+                {"agent": agent, "version": version, "detail": why} for (agent, version), why in self.missing.items()
+            ],
+            "not_recorded_yet": {stream: n for stream, n in found.unrecorded.items() if n},
+            "only_recorded": dict(self.leftover),
+            "tolerance": found.tolerance,
+            "other_build": self.other_build,
+            "notes": self.notes,
+            "seconds": round(self.seconds, 3),
+            "models_seconds": round(self.models_s, 3),
+        }
+
+
+@dataclass
+class Clock:
+    """Seconds inside the stage of the models, for the benchmark and the summary."""
+
+    models_s: float = 0.0
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if stage == "agents":
+            self.models_s += time.perf_counter() - began
+
+
+def verify(
+    path: Path,
+    settings: Settings,
+    *,
+    batch_size: int | None = None,
+    restart_every: int | None = None,
+    progress: Progress = lambda _: None,
+    total: Progress = lambda _: None,
+) -> Verdict:
+    """Compute a recording again and compare. The result depends on neither batches nor restarts.
+
+    Raises `RecordingError` where the file is damaged and `CheckFailed` where it does not hold every bar.
+    """
+    began = time.perf_counter()
+    recording = Recording(path)
+    outline = read_outline(recording)
+    check_beginning(recording.header, outline)
+    total(outline.counts["bars"])
+    clock = Clock()
+    others = _other_build(outline)
+    comparison = Comparison(TOLERANCE if others else 0.0)
+    with Source(recording) as source:
+        chain = Chain(settings, outline, source, restart_every)
+        try:
+            bars = _run(chain, comparison, clock, batch_size or settings.batch_size, progress)
+            leftover = source.left()
+        finally:
+            chain.close()
+    notes = list(chain.notes)
+    if recording.cut:
+        notes.append(f"the recording ends in an unfinished frame of {recording.cut} bytes, which is left out")
+    return Verdict(
+        bars=bars,
+        comparison=comparison,
+        missing=chain.shelf.missing,
+        notes=notes,
+        leftover=leftover,
+        seconds=time.perf_counter() - began,
+        models_s=clock.models_s,
+        other_build=others,
+    )
+
+
+def _run(chain: Chain, comparison: Comparison, clock: Clock, batch_size: int, progress: Progress) -> int:
+    """All batches; one is compared while the next is computed."""
+    bars = 0
+    comparing: Future[list[tuple[Place, Difference]]] | None = None
+    with ThreadPoolExecutor(1, "compare") as thread:
+        for result, recorded in chain.run(batch_size, clock):
+            if comparing is not None:
+                comparison.take(comparing.result())
+            comparing = thread.submit(compare_batch, comparison, chain.source, result, recorded)
+            bars += len(result.accepted)
+            progress(sum(result.accepted.outcomes.values()))
+        if comparing is not None:
+            comparison.take(comparing.result())
+    return bars
+
+
+def compare_batch(
+    comparison: Comparison, source: Source, result: Result, recorded: frozenset[str]
+) -> list[tuple[Place, Difference]]:
+    """The differences of one batch. Votes that were taken over are not compared with themselves."""
+    voted: Sequence[int] = result.vectors.index.tolist()
+    everyone = range(len(result.accepted))
+    open_ended = bool(recorded)
+    found = comparison.compare(FEATURES, 0, everyone, feature_messages(result.vectors), source, open_ended=open_ended)
+    for rank, ballot in enumerate(result.ballots, start=1):
+        if ballot.agent not in recorded:
+            rows = [voted[row] for row in ballot.rows]
+            messages = vote_messages(result.voted_bars, ballot)
+            found += comparison.compare(VOTES + ballot.agent, rank, rows, messages, source, open_ended=False)
+    last = len(result.ballots) + 1
+    return found + comparison.compare(SIGNALS, last, voted, signal_messages(result), source, open_ended=False)
+
+
+def _other_build(outline: Outline) -> list[str]:
+    """What differs between the build that recorded and this one; nothing where they compute the same bits."""
+    now = build()
+    builds = [step.evidence.get("build") or {} for step in outline.starts]
+    if not builds:
+        return ["the build that recorded is not known"]
+    return sorted(
+        {
+            f"{name} {then.get(name, 'absent')}, here {now.get(name, 'absent')}"
+            for then in builds
+            for name in {**then, **now}
+            if then.get(name) != now.get(name)
+        }
+    )
