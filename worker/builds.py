@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -54,6 +55,12 @@ def started(settings: Settings, loadings: Sequence[Loading], position: Position)
             else {"refused": str(x.refusal.reason) if x.refusal else ""}
             for x in loadings
         },
-        "position": {key: at.id for key, at in position.inputs.items()},
     }
-    return Event("started", detail=f"quartet {program.get('quartet-worker', 'not installed')}", evidence=evidence)
+    detail = f"quartet {program.get('quartet-worker', 'not installed')}"
+    return placed(Event("started", detail=detail, evidence=evidence), position)
+
+
+def placed(event: Event, position: Position) -> Event:
+    """The event with where it took effect: behind these entries, and before the next."""
+    place = {key: at.id for key, at in position.inputs.items()}
+    return replace(event, evidence={**event.evidence, "position": place})

@@ -28,7 +28,7 @@ from streams.store import (
     Store,
     StoreUnavailableError,
 )
-from worker.builds import started
+from worker.builds import placed, started
 from worker.engine import commit_of, encoded_events
 from worker.http import Condition
 from worker.lease import LeaseKeeper
@@ -400,7 +400,7 @@ class Worker:
         state, drops = self.pipeline.settle()
         appends = {
             self.keys.rejected: [encode_reject(reject) for reject in steered.rejects],
-            self.keys.events: encoded_events(steered.events),
+            self.keys.events: encoded_events([placed(event, self.position) for event in steered.events]),
         }
         self._commit(Commit(position, appends=appends, state=state, drops=drops))
         self.position = position
@@ -417,7 +417,8 @@ class Worker:
         poison = self._approach(entries)
         result = self.pipeline.process(entries, self.options.now_ms(), poison=poison, stopwatch=self.sensors.stopwatch)
         position = self.position.advanced([*entries, *steered.entries], self.pipeline.intake.ids.last)
-        steered = replace(steered, events=[_on_bar(event, result.accepted.bars) for event in steered.events])
+        events = [_on_bar(placed(event, self.position), result.accepted.bars) for event in steered.events]
+        steered = replace(steered, events=events)
         with self.sensors.stopwatch("pack"):
             commit = commit_of(self.keys, result, position, steered.events, steered.rejects)
         self._commit(commit)
