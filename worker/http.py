@@ -44,11 +44,12 @@ class Readiness:
     """What `/readyz` says: ready only if there are conditions and all hold.
 
     `agents` lists every configured agent: its `state`, its `reason` (empty where there is none) and
-    whatever else helps, such as the version.
+    whatever else helps, such as the version. `counts` are configured, loaded, eligible, voting and agreeing.
     """
 
     conditions: Mapping[str, Condition]
     agents: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def ready(self) -> bool:
@@ -58,6 +59,7 @@ class Readiness:
         return {
             "ready": self.ready,
             "conditions": {name: {"ok": c.ok, "detail": c.detail} for name, c in self.conditions.items()},
+            "counts": dict(self.counts),
             "agents": {name: dict(facts) for name, facts in self.agents.items()},
         }
 

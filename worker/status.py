@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from streams.messages import AgentState
 from streams.validation import interval_ms
 from worker.http import Condition, Readiness
 from worker.pipeline import Pipeline, Result
+from worker.qsc import CANARY
 
 FRESH_INTERVALS = 3
 
@@ -20,6 +22,7 @@ class Status:
         self._quorum = quorum
         self._last_arrival: tuple[float, str] | None = None
         self._voting: int | None = None
+        self._agreeing = 0
         self._feed_healthy = True
         self._agents = {agent: {"state": "loading", "reason": ""} for agent in agents}
         self.heartbeat = clock()
@@ -41,6 +44,7 @@ class Status:
             self._last_arrival = self._clock(), result.accepted.bars[-1].interval
         if len(result.vectors.index):
             self._voting = int(result.signals.voting[-1])
+            self._agreeing = int(result.signals.agreeing[-1])
 
     def agents(self, pipeline: Pipeline) -> None:
         """The state of every agent, with what a person needs to mend it."""
@@ -66,7 +70,19 @@ class Status:
                 "feed": Condition(ok=self._feed_healthy, detail="" if self._feed_healthy else "over 5 % rejects"),
             },
             agents=self._agents,
+            counts=self._counts(),
         )
+
+    def _counts(self) -> dict[str, int]:
+        """As the states stand now; voting and agreeing as of the last signal."""
+        states = [facts["state"] for agent, facts in self._agents.items() if not agent.endswith(CANARY)]
+        return {
+            "configured": len(states),
+            "loaded": sum(state not in (AgentState.LOADING, AgentState.REFUSED) for state in states),
+            "eligible": states.count(AgentState.ACTIVE),
+            "voting": self._voting or 0,
+            "agreeing": self._agreeing,
+        }
 
     def _warm_up(self) -> Condition:
         if self._voting is None:

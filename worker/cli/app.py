@@ -33,6 +33,8 @@ _COMMANDS: tuple[tuple[str, str, str], ...] = (
     ("record", "worker.cli.record:record", "Every stream into one file, until Ctrl-C."),
     ("replay", "worker.cli.replay:replay", "A recording or a file of bars again: published, or verified."),
     ("explain", "worker.cli.explain:explain", "One signal: who voted what, who was left out and why."),
+    ("top", "worker.cli.top:top", "A live view of a running worker: who votes, who does not and why."),
+    ("gate", "worker.cli.gate:gate", "The quality gate over an agent's votes: PASS, FAIL or INSUFFICIENT."),
     ("train", "worker.cli.train:train", "Train agents on a file of bars."),
     ("models", "worker.cli.models:app", "Look at the artifacts and steer the agents."),
     ("config", "worker.cli.config:app", "Show and check the settings."),
