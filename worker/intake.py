@@ -312,6 +312,7 @@ class Intake:
 
     def rewarm_all(self) -> None:
         """After an accepted loss of input: every series warms up again from its next bar."""
+        self._reader.forget()
         for key, series in self._series.items():
             series.rewarm = True
             self._changed.add(key)

@@ -96,7 +96,7 @@ class FormatReader:
     def __init__(self, rules: Sequence[InputRule] = ()) -> None:
         self._rules = tuple(rules)
         self._by_key: dict[str, InputRule] = {}
-        self._held: dict[str, Raw] = {}
+        self._held: dict[str, Raw | None] = {}
         self._changed: set[str] = set()
 
     def __call__(self, entry: Entry) -> list[Raw]:
@@ -153,9 +153,14 @@ class FormatReader:
 
     def changes(self) -> list[tuple[bytes, bytes]]:
         """The state fields to store for every row taken in hand since the last call."""
-        fields = [(HELD + name.encode(), seal(dict(self._held[name]))) for name in sorted(self._changed)]
+        fields = [(HELD + name.encode(), seal(self._held[name])) for name in sorted(self._changed)]
         self._changed.clear()
         return fields
+
+    def forget(self) -> None:
+        """After a loss of input nothing in hand is known to be final: let go of it."""
+        self._changed |= self._held.keys()
+        self._held = dict.fromkeys(self._held)
 
     def restore(self, fields: Mapping[bytes, bytes]) -> None:
         """Take up what `changes` gave; other fields are left alone. Raises `StateCorruptError`."""

@@ -127,6 +127,19 @@ def test_what_is_in_hand_is_part_of_the_state():
     assert len(bars) == 9
 
 
+def test_after_a_loss_of_input_nothing_in_hand_is_used_also_not_after_a_restart():
+    intake = Intake(Limits(), reader=FormatReader([CCXT]))
+    intake.accept([entry(1, data=row(0, 10.6))], NOW_MS)
+    state = dict(intake.changes())
+    intake.rewarm_all()
+    state |= dict(intake.changes())
+    restarted = Intake(Limits(), reader=FormatReader([CCXT]))
+    restarted.restore(state)
+    for survivor in (intake, restarted):
+        accepted = survivor.accept([entry(2, data=row(1)), entry(3, data=row(2))], NOW_MS)
+        assert [bar.ts for bar in accepted.bars] == [T + 60_000]
+
+
 def test_null_values_are_rejected_once_the_row_is_closed():
     accepted = accept([entry(1, data=row(0, None)), entry(2, data=row(1))], CCXT)
     assert [(r.reason, "close" in r.detail) for r in accepted.rejects] == [("missing_field", True)]
