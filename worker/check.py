@@ -26,6 +26,7 @@ from worker.settings import Settings
 TAIL = 10_000
 """Entries read from the end of each input."""
 
+SHOWN = 5
 DAY_MS = 86_400_000
 _SET_BY_WIDTH = {8: "v2", 49: "v6"}
 
@@ -92,7 +93,8 @@ def examine_streams(
     store = RedisStore(client, Keys(settings.namespace))
     position = store.load(()).position
     reports = [examine_stream(store, key, position, settings, reader, now_ms) for key in inputs.keys]
-    return reports, [f"{key} is a {kind}, not a stream: it would not be read" for key, kind in skipped.items()]
+    notes = [f"{key} is a {kind}, not a stream: it would not be read" for key, kind in skipped.items()]
+    return reports, [*notes[:SHOWN], *([f"and {len(notes) - SHOWN} more such keys"] if len(notes) > SHOWN else [])]
 
 
 def examine_stream(
@@ -110,6 +112,9 @@ def examine_stream(
     per_day = _per_day(tail)
     size = store.client.memory_usage(key, samples=20) or 0
     known = position.inputs.get(key)
+    bars = _bars(accepted, facts.length / max(1, len(tail)), now_ms)
+    if known is not None and bars:  # the state holds what was read, also where the stream was trimmed since
+        bars["longest"] = max(bars["longest"], known.consumed // bars["series"])
     return StreamReport(
         key,
         length=facts.length,
@@ -118,7 +123,7 @@ def examine_stream(
         outcomes=dict(accepted.outcomes),
         rejects=dict(Counter(reject.reason for reject in accepted.rejects)),
         example=accepted.rejects[-1].detail if accepted.rejects else "",
-        **_bars(accepted, facts.length / max(1, len(tail)), now_ms),
+        **bars,
         healthy=intake.health.healthy,
         entries_per_day=per_day,
         bytes_per_day=None if per_day is None else round(per_day * size / max(1, facts.length)),

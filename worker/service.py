@@ -48,6 +48,7 @@ STANDBY_POLL_S = 0.2
 LONGEST_BACKOFF_S = 2.0
 LEVELS_EVERY_S = 2.0
 POISON_DEATHS = 3
+SHOWN_KEYS = 5
 ORDERS_EVERY_S = 0.1
 """While bars flow, orders are looked for no more often than this."""
 MOST_ORDERS = 16
@@ -354,8 +355,9 @@ class Worker:
         change = self._reaching(lambda: self.inputs.refresh(self.store.find))
         for key in change.new:
             self.log.info("reading", key=key)
-        for key, kind in change.skipped.items():
-            self.log.warning("not read: the key matches a pattern but is no stream", key=key, type=kind)
+        if change.skipped:
+            some = ", ".join(f"{key} ({kind})" for key, kind in list(change.skipped.items())[:SHOWN_KEYS])
+            self.log.warning("not read: keys that match a pattern but are no streams", n=len(change.skipped), keys=some)
         if first and not self.inputs.keys:
             self.log.warning("no stream matches yet; waiting for one", pattern=", ".join(self.inputs.patterns))
 

@@ -15,7 +15,7 @@ import redis
 from streams.keys import Keys
 from streams.redis import RedisStore, connect
 from tests.formats.samples import BARS, golden
-from tests.helpers import environment, free_port, wait_for
+from tests.helpers import environment, free_port, quartet, wait_for
 from worker.cli.app import invoke
 from worker.training.market import generate
 from worker.training.train import train_agents
@@ -98,6 +98,16 @@ def test_too_few_bars_say_how_many_are_needed(desk: Desk):
     code, text = desk.check()
     assert code == 1
     assert text.splitlines()[-1].startswith("NOT READY: 0 of 4 would vote, the quorum is 2: a series needs 100 bars")
+
+
+def test_a_stream_that_was_read_and_trimmed_counts_with_what_the_state_holds(desk: Desk, tmp_path):
+    desk.publish(*(bar(k) for k in range(120)))
+    flags = ["--redis", desk.url, "--namespace", desk.namespace, "--models", str(desk.models), "--http-port", "0"]
+    assert quartet("run", *flags, "--until-idle", "0.1", cwd=tmp_path, env={"QUARTET_QUORUM": "2"}).returncode == 0
+    desk.client.xtrim(desk.key, maxlen=10, approximate=False)
+    stream = desk.report()["streams"][0]
+    assert (stream["longest"], stream["waiting"], stream["trimmed"]) == (120, 0, True)
+    assert desk.check()[0] == 0
 
 
 @pytest.mark.parametrize(
