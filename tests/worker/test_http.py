@@ -66,6 +66,7 @@ def ask(server: HttpServer, path: str, method: str = "GET", **headers: str) -> t
 GOOD = Readiness(
     {"redis": Condition(ok=True), "quorum": Condition(ok=True, detail="4 of 3 needed")},
     {"nhits": {"state": "active", "reason": ""}, "xgboost": {"state": "refused", "reason": "scaler_missing"}},
+    {"configured": 2, "loaded": 1},
 )
 
 
@@ -105,6 +106,7 @@ def test_readiness_lists_every_agent_and_condition(worker: Worker, server: HttpS
     assert json.loads(body) == {
         "ready": True,
         "conditions": {"redis": {"ok": True, "detail": ""}, "quorum": {"ok": True, "detail": "4 of 3 needed"}},
+        "counts": {"configured": 2, "loaded": 1},
         "agents": {
             "nhits": {"state": "active", "reason": ""},
             "xgboost": {"state": "refused", "reason": "scaler_missing"},
