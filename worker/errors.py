@@ -55,6 +55,8 @@ def expected(error: BaseException) -> QuartetError | None:
     text = str(error)
     if isinstance(error, store.FencedError):
         return FencedOff(text)
+    if isinstance(error, store.StoreUnavailableError) and isinstance(error.__cause__, redis.AuthenticationError):
+        error = error.__cause__
     if isinstance(error, EmbeddedError | store.StoreUnavailableError):
         return Unavailable(text)
     if isinstance(error, redis.AuthenticationError):

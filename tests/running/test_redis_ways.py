@@ -1,0 +1,200 @@
+"""The worker under the minimal ACL, over TLS and over a Unix socket, each with a real redis-server."""
+
+from __future__ import annotations
+
+import datetime as dt
+import ipaddress
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import redis
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from tests.chaos.scene import Fields, Stage, until
+from tests.helpers import free_port, quartet
+from tests.running.conftest import ACL_FILE, PASSWORDS, Server, acl_with_passwords, served
+
+SIGNALS = 4 * 31
+"""60 bars of 4 symbols, a vector being ready from the 30th bar on."""
+
+
+def entries(client: redis.Redis, bars: Sequence[Fields]) -> None:
+    for fields in bars:
+        client.xadd("quartet:bars", dict(fields))
+
+
+# ------------------------------------------------------------------ ACL
+
+
+@pytest.fixture
+def guarded(redis_server: Callable[..., Server], tmp_path: Path) -> Callable[[str], str]:
+    """A server under the ACL file; gives the URL of a user."""
+    port = free_port()
+    redis_server("--port", str(port), "--aclfile", str(acl_with_passwords(tmp_path)))
+    return lambda user: f"redis://{user}:{PASSWORDS[user]}@127.0.0.1:{port}/0"
+
+
+def test_the_worker_runs_end_to_end_with_the_minimal_rights(
+    guarded: Callable[[str], str], stage: Callable[..., Stage], bars: Sequence[Fields]
+) -> None:
+    """First run, a death in mid-work, recovery entry by entry: all of it, and no right that is not used."""
+    made = stage(guarded("worker"))
+    with redis.Redis.from_url(guarded("feed")) as feed, redis.Redis.from_url(guarded("reader")) as reader:
+        life = made.start()
+        entries(feed, bars[:180])
+        until(lambda: reader.xlen("quartet:signals") > 0, life)
+        assert life.kill() == -9
+        entries(feed, [*bars[180:], {b"symbol": b"BAD", b"ts": b"1750000000000", b"close": b"nan"}])
+        served(made.start("--until-idle", "0.1"))
+        assert reader.xlen("quartet:signals") == SIGNALS
+        assert reader.xlen("quartet:rejected") == 1
+        assert json.loads(reader.xrevrange("quartet:signals", count=1)[0][1][b"data"])["voting"] == 2
+        used = {name.removeprefix("cmdstat_") for name in reader.info("commandstats")}
+    granted = {right[1:] for right in rights("worker") if right.startswith("+")}
+    assert granted - used == set()
+
+
+def rights(user: str) -> list[str]:
+    """What the file grants a user."""
+    return next(line.split() for line in ACL_FILE.read_text().splitlines() if line.startswith(f"user {user} "))
+
+
+OUTSIDE = [
+    ("worker", ("XADD", "quartet:bars", "*", "a", "b")),
+    ("worker", ("DEL", "quartet:bars")),
+    ("worker", ("GET", "another:key")),
+    ("worker", ("KEYS", "*")),
+    ("worker", ("FLUSHALL",)),
+    ("worker", ("CONFIG", "GET", "*")),
+    ("worker", ("EVAL", "return redis.call('XADD', 'other', '*', 'a', 'b')", "0")),
+    ("feed", ("XADD", "quartet:signals", "*", "a", "b")),
+    ("feed", ("XRANGE", "quartet:signals", "-", "+")),
+    ("feed", ("DEL", "quartet:bars")),
+    ("reader", ("XADD", "quartet:control", "*", "a", "b")),
+    ("reader", ("DEL", "quartet:signals")),
+    ("operator", ("XADD", "quartet:signals", "*", "a", "b")),
+    ("operator", ("XADD", "quartet:bars", "*", "a", "b")),
+    ("operator", ("EVAL", "return 1", "0")),
+    ("operator", ("ACL", "LIST")),
+]
+
+
+def test_what_lies_outside_of_a_users_rights_is_refused(guarded: Callable[[str], str]) -> None:
+    for user, command in OUTSIDE:
+        with redis.Redis.from_url(guarded(user)) as client, pytest.raises(redis.RedisError) as raised:
+            client.execute_command(*command)
+        refused = ("permission" in str(raised.value)) or ("can't access" in str(raised.value))
+        assert refused, f"{user}: {' '.join(command)}: {raised.value}"
+
+
+def test_nobody_can_log_in_with_the_file_as_it_is_shipped(redis_server: Callable[..., Server], tmp_path: Path) -> None:
+    port, copy = free_port(), tmp_path / "users.acl"
+    copy.write_bytes(ACL_FILE.read_bytes())
+    redis_server("--port", str(port), "--aclfile", str(copy))
+    for login in ("", *(f"{user}:{word}@" for user in PASSWORDS for word in ("", user, "password"))):
+        client = redis.Redis.from_url(f"redis://{login}127.0.0.1:{port}/0")
+        with client, pytest.raises(redis.RedisError, match=r"(?i)authenticat|username|NOAUTH"):
+            client.xlen("quartet:signals")
+
+
+def test_a_wrong_password_is_one_line_and_exit_code_3(
+    guarded: Callable[[str], str], models: Path, tmp_path: Path
+) -> None:
+    url = guarded("worker").replace(PASSWORDS["worker"], "wrong")
+    done = quartet("run", "--redis", url, "--models", models, "--http-port", "0", cwd=tmp_path)
+    assert done.returncode == 3
+    assert done.stderr.splitlines()[-1].startswith("error: Redis refused the login")
+    assert "wrong@" not in done.stderr
+
+
+# ------------------------------------------------------------------ TLS
+
+
+def certificates(folder: Path) -> tuple[Path, Path, Path]:
+    """An authority, and a server's certificate of 127.0.0.1 with its key: made for this test, valid for a day."""
+    now = dt.datetime.now(dt.UTC)
+    keys = {name: ec.generate_private_key(ec.SECP256R1()) for name in ("authority", "server")}
+    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test authority")])
+    made = {}
+    for name, key in keys.items():
+        subject = issuer if name == "authority" else x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(issuer)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - dt.timedelta(hours=1))
+            .not_valid_after(now + dt.timedelta(days=1))
+            .add_extension(x509.BasicConstraints(ca=name == "authority", path_length=None), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(keys["authority"].public_key()), critical=False
+            )
+            .add_extension(
+                x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
+            )
+        )
+        if name == "authority":
+            usage = dict.fromkeys(
+                "digital_signature content_commitment key_encipherment data_encipherment key_agreement"
+                " encipher_only decipher_only".split(), False
+            )  # fmt: skip
+            builder = builder.add_extension(x509.KeyUsage(key_cert_sign=True, crl_sign=True, **usage), critical=True)
+        made[name] = builder.sign(keys["authority"], hashes.SHA256())
+    files = folder / "authority.pem", folder / "server.pem", folder / "server.key"
+    files[0].write_bytes(made["authority"].public_bytes(serialization.Encoding.PEM))
+    files[1].write_bytes(made["server"].public_bytes(serialization.Encoding.PEM))
+    files[2].write_bytes(
+        keys["server"].private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    return files
+
+
+@pytest.fixture
+def tls(redis_server: Callable[..., Server], tmp_path: Path) -> tuple[str, Path]:
+    """A server that speaks TLS only: its URL without parameters, and the authority's certificate."""
+    authority, certificate, key = certificates(tmp_path)
+    port = free_port()
+    redis_server(
+        *("--port", "0", "--tls-port", str(port), "--tls-auth-clients", "no"),
+        *("--tls-cert-file", str(certificate), "--tls-key-file", str(key), "--tls-ca-cert-file", str(authority)),
+    )
+    return f"rediss://127.0.0.1:{port}/0", authority
+
+
+def test_the_worker_runs_end_to_end_over_tls(
+    tls: tuple[str, Path], stage: Callable[..., Stage], bars: Sequence[Fields]
+) -> None:
+    url = f"{tls[0]}?ssl_ca_certs={tls[1]}"
+    with redis.Redis.from_url(url) as client:
+        entries(client, bars)
+        served(stage(url).start("--until-idle", "0.1"))
+        assert client.xlen("quartet:signals") == SIGNALS
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused(tls: tuple[str, Path], models: Path, tmp_path: Path) -> None:
+    done = quartet("run", "--redis", tls[0], "--models", models, "--http-port", "0", cwd=tmp_path)
+    assert done.returncode == 3
+    assert "certificate verify failed" in done.stderr.splitlines()[-1].lower()
+
+
+# ------------------------------------------------------------------ a Unix socket
+
+
+def test_the_worker_runs_end_to_end_over_a_unix_socket(
+    redis_server: Callable[..., Server], tmp_path: Path, stage: Callable[..., Stage], bars: Sequence[Fields]
+) -> None:
+    socket = tmp_path / "redis.sock"
+    redis_server("--port", "0", "--unixsocket", str(socket), "--unixsocketperm", "600")
+    with redis.Redis.from_url(f"unix://{socket}") as client:
+        entries(client, bars)
+        served(stage(f"unix://{socket}").start("--until-idle", "0.1"))
+        assert client.xlen("quartet:signals") == SIGNALS
