@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from streams import embedded
 from streams.keys import Keys
 from streams.redis import RedisStore, connect
 from streams.store import StoreUnavailableError
@@ -228,3 +230,31 @@ def test_a_line_that_stays_silent_is_filled_by_history(publisher, stream, exchan
     asyncio.run(asyncio.wait_for(scene(), 60))
     stamps = stream.stamps(PAIRS[0])
     assert stamps == list(range(stamps[0], stamps[-1] + 1, STEP_MS))
+
+
+def test_a_server_that_is_killed_and_comes_back_has_every_bar_once(tmp_path, namespace, exchange):
+    """What its file lost of the last second is fetched again from history."""
+    server = embedded.start(tmp_path)
+    url, key = server.url, f"{namespace}:bars"
+    stream = Stream(url, key)
+
+    async def scene() -> None:
+        opened = open_exchange("binance", exchange.options)
+        publisher = Publisher(RedisStore(connect(url), Keys(namespace)), key, PAIRS, "1s", None)
+        feeds = [SymbolFeed(opened, publisher, pair, Plan(history=5), make_logger("error")) for pair in PAIRS]
+        tasks = [asyncio.ensure_future(feed.run()) for feed in feeds]
+        await asyncio.to_thread(stream.grows, 7)
+        os.kill(server.address.pid, signal.SIGKILL)
+        await asyncio.to_thread(pause)
+        second = await asyncio.to_thread(embedded.start, tmp_path)
+        assert second.started
+        await asyncio.to_thread(stream.grows, 4)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await close_exchange(opened)
+        stream.check()
+        second.close()
+
+    asyncio.run(asyncio.wait_for(scene(), 120))
+    server.close()

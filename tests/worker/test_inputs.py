@@ -7,6 +7,9 @@ import redis
 from streams.inputs import Inputs
 from streams.keys import Keys
 from streams.redis import RedisStore, connect
+from streams.store import Position
+from streams.validation import Limits
+from worker.intake import Intake
 
 KINDS = {"candles-A": "stream", "candles-B": "zset", "n:features": "stream", "n:bars": "stream"}
 
@@ -47,3 +50,18 @@ def test_the_look_up_finds_keys_by_glob_with_their_types(server: str, namespace:
     client.set(f"{namespace}-b".encode() + b"\xff", 1)
     found = RedisStore(connect(server), Keys(namespace)).find(f"{namespace}-*")
     assert found == {f"{namespace}-a1": "stream", f"{namespace}-a2": "zset"}
+
+
+def test_entries_of_several_keys_are_merged_by_id_and_each_output_has_an_id_of_its_own(server: str, namespace: str):
+    client = redis.Redis.from_url(server)
+    keys = [f"{namespace}-a", f"{namespace}-b"]
+    ids = [f"{1_750_000_000_000 + ms}-0" for ms in (1, 1, 2, 5, 5, 9)]
+    for number, entry_id in enumerate(ids):
+        prices = dict.fromkeys(("open", "high", "low", "close"), 1 + number)
+        bar = {"symbol": f"S{number}", "ts": 1_749_999_960_000, "volume": 1, **prices}
+        client.xadd(keys[number % 2], bar, id=entry_id)
+    batch = RedisStore(connect(server), Keys(namespace)).read(Position(), keys, 10)
+    accepted = Intake(Limits(), several_keys=True).accept(batch.entries, 1_750_000_000_010)
+    assert [bar.symbol for bar in accepted.bars] == ["S0", "S1", "S2", "S4", "S3", "S5"], "equal IDs go by key"
+    expected = ["1-0", "1-1", "2-0", "5-0", "5-1", "9-0"]
+    assert accepted.ids == [f"{1_750_000_000_000 + int(i[0])}-{i[2]}" for i in expected]

@@ -55,12 +55,12 @@ def feed(
         from worker.feed.publisher import Publisher
         from worker.feed.session import Plan, SymbolFeed, run_feed
 
-        stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
         opened = open_exchange(exchange, config)
         try:
             await check_request(opened, wanted, interval)
+            stop = asyncio.Event()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, stop.set)
             with server_url(settings, start=True) as url, _progress() as progress:
                 store = RedisStore(open_client(url), keys)
                 key = named[0] if named else keys.bars
