@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from streams.recording import Item, Recorded
+from streams.recording import Item, Recorded, Recording
+from streams.redis import connect
 from tests.chaos.scene import market
 from tests.replay.scene import Scene, edited, rewrite
+from worker.control import Order
 from worker.errors import CheckFailed
 from worker.replay.verify import Verdict
 
@@ -229,5 +233,46 @@ def test_a_restart_with_other_settings_and_another_model_is_followed(
     scene.record(file)
     shutil.copytree(models, newer, dirs_exist_ok=True)
     found = scene.verify(file, models=newer)
-    assert found.ok, found.as_json()
+    assert found.ok, found.comparison.firsts
     assert found.comparison.compared["signals"] == 480 - 2 * 29
+
+
+def test_orders_canaries_and_promotions_are_replayed_where_they_took_effect(
+    scene: Scene, models: Path, tmp_path: Path
+) -> None:
+    """Muted and unmuted by an operator, a canary begun, promoted and rolled back, over five runs of the worker."""
+    bars = market(2, 320, seed=7)
+    folder = tmp_path / "models"
+    shutil.copytree(models, folder)
+    for path in sorted(folder.glob("lightgbm_v*")):
+        shutil.copy(path, path.with_name(path.name.replace("lightgbm_v20", "lightgbm_v19")))
+    canary = next(folder.glob("lightgbm_v19*.txt"))
+    canary.write_bytes(canary.read_bytes() + b"\n")  # other bytes, so another artifact
+    scene.further |= {"models": folder, "batch_size": 16}
+    orders = (
+        Order("mute", agent="xgboost", by="test"),
+        Order("canary", agent="lightgbm", file=canary.name, sha256=sha256(canary.read_bytes()).hexdigest(), by="test"),
+        Order("unmute", agent="xgboost", by="test"),
+        Order("promote", agent="lightgbm", by="test"),
+        Order("rollback", agent="lightgbm", by="test"),
+    )
+    share = len(bars) // (len(orders) + 1)
+    scene.feed(bars[:share])
+    scene.work()
+    for number, order in enumerate(orders, 1):
+        with connect(scene.url) as client:
+            client.xadd(f"{scene.namespace}:control", {"data": order.encode()})
+        scene.feed(bars[number * share : (number + 1) * share], first=number * share)
+        scene.work()
+    file = tmp_path / "orders.jsonl.zst"
+    scene.record(file)
+    kinds = {e["kind"] for e in _events(file)}
+    assert {"agent_muted", "agent_readmitted", "canary_started"} <= kinds
+    for batch_size, restart_every in ((256, None), (5, None), (32, 2)):
+        found = scene.verify(file, models=folder, batch_size=batch_size, restart_every=restart_every)
+        assert found.ok, found.comparison.firsts
+        assert found.comparison.compared["votes:lightgbm_canary"] > 50
+
+
+def _events(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(i.fields[b"data"]) for i in Recording(file) if isinstance(i, Recorded) and i.stream == "events"]

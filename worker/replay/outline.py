@@ -17,6 +17,7 @@ DECIDED_THEN = ("future", "poison")
 """Rejections that the entry alone does not explain: they are taken from the recording."""
 
 VOTES = "votes:"
+CONTROL = ":control"
 Progress = Callable[[int], None]
 """Given the number of bars done since the last call."""
 
@@ -106,9 +107,13 @@ class Outline:
             evidence = {**evidence, "position": {evidence["key"]: evidence["after"]}}
         if "position" not in evidence:
             return
-        position = {key: id_tuple(entry_id) for key, entry_id in evidence["position"].items()}
-        step = Step(event["kind"], event["agent"], event["reason"], evidence, position)
-        (self.starts if step.kind == "started" else self.steps).append(step)
+        inputs = {key: at for key, at in evidence["position"].items() if not key.endswith(CONTROL)}
+        after = {key: id_tuple(entry_id) for key, entry_id in inputs.items()}
+        step = Step(event["kind"], event["agent"], event["reason"], evidence, after)
+        if step.kind == "started":
+            self.starts.append(step)
+        if self.starts[:1] != [step]:
+            self.steps.append(step)
 
     @staticmethod
     def _named(event: Mapping[str, Any], evidence: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -132,6 +137,5 @@ def read_outline(recording: Recording, progress: Progress = lambda _: None) -> O
 
 
 def steps_in_order(outline: Outline) -> list[Step]:
-    """Starts and steps as they took effect. A change of version that another step explains does no harm."""
-    everything = [*outline.starts[1:], *outline.steps]
-    return sorted(everything, key=lambda step: (step.place, step.kind == "version"))
+    """Steps as they took effect, the first start left out. A change of version that another explains does no harm."""
+    return sorted(outline.steps, key=lambda step: (step.place, step.kind == "version"))
