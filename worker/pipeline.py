@@ -134,7 +134,7 @@ class Pipeline:
             vectors, ballots, verdicts = self._judge_trials(vectors, ballots, verdicts)
         with stopwatch("consensus"):
             signals = self._decide(vectors, ballots)
-            verdicts = [*verdicts, *self._look_back(vectors, ballots, signals)]
+            verdicts = _bar_by_bar(vectors, [*verdicts, *self._look_back(vectors, ballots, signals)])
         with stopwatch("pack"):
             state, drops = self._changes(accepted.rows)
         return Result(accepted, vectors, ballots, signals, state, [*accepted.events, *verdicts], drops)
@@ -199,7 +199,7 @@ class Pipeline:
     def install(self, agent: str, model: Model, *, pinned: bool) -> None:
         """Swap one agent's model. Another artifact starts with an empty window of the safeguard."""
         record, artifact = self.records[agent], Artifact.of(model)
-        changed = record.artifact is None or record.artifact.sha256 != artifact.sha256
+        changed = not artifact.is_same(record.artifact)
         before = record.artifact if changed else record.before
         self.records[agent] = replace(record, artifact=artifact, before=before, pinned=pinned)
         self._seat(replace(self._stage(agent).seat, model=model, refusal=None))
@@ -301,7 +301,7 @@ class Pipeline:
     def _restore_record(self, agent: str, stored: Record) -> None:
         stage, beside = self._stage(agent), self.voting.stage(agent + CANARY)
         now = self.records[agent].artifact or stored.artifact
-        changed = stored.artifact is not None and now is not None and now.sha256 != stored.artifact.sha256
+        changed = stored.artifact is not None and not stored.artifact.is_same(now)
         before = stored.artifact if changed else stored.before
         self.records[agent] = replace(stored, artifact=now, before=before)
         stage.active = stored.active
@@ -320,6 +320,12 @@ class Pipeline:
 
 def _record(seat: Seat) -> Record:
     return Record(None if seat.model is None else Artifact.of(seat.model))
+
+
+def _bar_by_bar(vectors: Vectors, events: Sequence[Event]) -> list[Event]:
+    """The events of a batch in the order of its bars, as batches of one would give them."""
+    rows = {bar.bar_id: row for row, bar in enumerate(vectors.accepted.bars)}
+    return sorted(events, key=lambda event: rows[event.bar_id])
 
 
 def trial_seat(agent: str, model: Model, kind: AgentState, canary_share: float) -> Seat:

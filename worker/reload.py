@@ -30,7 +30,7 @@ class Shelf:
     def __init__(self, models: Path, options: LoadOptions) -> None:
         self.models = models
         self.options = options
-        self._held: dict[tuple[str, str], Loading] = {}
+        self._held: dict[tuple[str, str, str], Loading] = {}
         self._served: dict[tuple[str, Artifact | None, bool], Loading] = {}
 
     def newest(self, agent: str) -> Loading:
@@ -44,7 +44,7 @@ class Shelf:
 
     def exact(self, agent: str, artifact: Artifact) -> Loading:
         """The artifact of that hash and no other."""
-        held = self._held.get((agent, artifact.sha256))
+        held = self._held.get((agent, artifact.version, artifact.sha256))
         if held is not None:
             return held
         return self._hold(load_exact(self.models, agent, artifact.file, artifact.sha256, self.options))
@@ -64,13 +64,13 @@ class Shelf:
 
     def _hold(self, loading: Loading) -> Loading:
         if loading.model is not None:
-            self._held[loading.agent, loading.model.sha256] = loading
+            self._held[loading.agent, loading.model.version, loading.model.sha256] = loading
         return loading
 
     def keep(self, records: Mapping[str, Record]) -> None:
         """Let go of every model that no record names."""
         named = {
-            (agent, artifact.sha256)
+            (agent, artifact.version, artifact.sha256)
             for agent, record in records.items()
             for artifact in (record.artifact, record.before, record.trial and record.trial.artifact)
             if artifact
@@ -269,7 +269,7 @@ def _serves(pipeline: Pipeline, loading: Loading) -> bool:
     record = pipeline.records[loading.agent]
     if loading.model is None or record.artifact is None:
         return False
-    return pipeline.voting.serves(loading.agent) and record.artifact.sha256 == loading.model.sha256
+    return pipeline.voting.serves(loading.agent) and record.artifact.is_same(Artifact.of(loading.model))
 
 
 def _loaded(load: Callable[[], Loading], agent: str) -> Loading:

@@ -23,6 +23,10 @@ class Artifact:
     def of(cls, model: Model) -> Artifact:
         return cls(str(model.file), model.version, model.sha256)
 
+    def is_same(self, other: Artifact | None) -> bool:
+        """Whether both are one, wherever they lie. Two versions may share a model and differ in what lies beside it."""
+        return other is not None and (self.version, self.sha256) == (other.version, other.sha256)
+
     def evidence(self) -> dict[str, str]:
         return {"version": self.version, "sha256": self.sha256, "file": self.file}
 

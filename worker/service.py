@@ -308,7 +308,7 @@ class Worker:
             reason, detail = (str(refusal.reason), refusal.detail) if refusal else ("", "")
             return Event("agent_refused", agent=loading.agent, reason=reason, detail=detail)
         before, now = record.artifact, Artifact.of(loading.model)
-        changed = before is not None and before.sha256 != now.sha256
+        changed = before is not None and not before.is_same(now)
         detail = "; ".join(part for part in (loading.model.detail, loading.note) if part)
         replaces = {"replaces": before.evidence()} if changed and before is not None else {}
         kind = "reload" if changed else "agent_loaded"

@@ -1,0 +1,228 @@
+"""Canary and shadow: a version beside the running one, judged bar by bar, rolled back on the very bar."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.worker.orders import FIRST, KEYS, LAZY, SECOND, market, trial
+from worker.control import Order
+
+BARS = market(2, 330)
+HEAD = 80
+"""Bars before the order; the first 58 warm up."""
+
+
+def test_a_canary_weighs_a_tenth_and_is_in_no_count(desk, versions):
+    """0.3 and 0.3 share the rest in proportion: 0.45 each."""
+    one = desk()
+    one.feed(BARS[:HEAD])
+    (event,) = one.order(trial(versions, SECOND))
+    one.feed(BARS[HEAD:120])
+    assert (event["kind"], event["agent"]) == ("canary_started", "xgboost_canary")
+    after = one.signals()[-40:]
+    for signal in after:
+        assert signal["votes"]["xgboost_canary"]["effective_weight"] == pytest.approx(0.10)
+        assert signal["votes"]["xgboost_canary"]["state"] == "canary"
+        assert signal["votes"]["xgboost_canary"]["version"] == SECOND
+        assert signal["votes"]["xgboost"]["effective_weight"] == pytest.approx(0.45)
+        assert signal["configured"] == signal["loaded"] == signal["eligible"] == signal["voting"] == 2
+    assert [v["bar_id"] for v in one.votes("xgboost_canary")] == [s["bar_id"] for s in after]
+    assert one.registry.get_sample_value("quartet_agent_state", {"agent": "xgboost_canary", "state": "canary"}) == 1
+
+
+def test_the_share_of_a_canary_is_a_setting(desk, versions):
+    one = desk(canary_share=0.2)
+    one.feed(BARS[:HEAD])
+    one.order(trial(versions, SECOND))
+    one.feed(BARS[HEAD:90])
+    weights = {agent: vote["effective_weight"] for agent, vote in one.signals()[-1]["votes"].items()}
+    assert weights == pytest.approx({"xgboost": 0.4, "lightgbm": 0.4, "xgboost_canary": 0.2})
+
+
+def test_a_shadow_changes_no_signal(desk, versions):
+    """Everything but the entry in `votes` is as without it."""
+    plain, shadowed = desk(), desk()
+    for one in (plain, shadowed):
+        one.feed(BARS[:HEAD])
+    (event,) = shadowed.order(trial(versions, SECOND, "shadow"))
+    for one in (plain, shadowed):
+        one.feed(BARS[HEAD:200])
+    assert event["kind"] == "shadow_started"
+    found = shadowed.signals()
+    beside = [signal["votes"].pop("xgboost_canary", None) for signal in found]
+    assert found == plain.signals()
+    assert [v["effective_weight"] for v in beside if v] == [0.0] * 120
+    assert {v["state"] for v in beside if v} == {"shadow"}
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 256])
+def test_a_violation_rolls_a_canary_back_on_its_very_bar(desk, versions, batch_size):
+    """It says HOLD only: the 200th vote is the first that can be judged, whatever else shares its batch."""
+    one = desk(batch_size=batch_size)
+    one.feed(BARS[:HEAD])
+    one.order(trial(versions, LAZY))
+    one.feed(BARS[HEAD:])
+    votes = one.votes("xgboost_canary")
+    (event,) = one.events("rolled_back")
+    assert len(votes) == 200
+    assert event["bar_id"] == votes[-1]["bar_id"]
+    assert event["agent"] == "xgboost_canary"
+    assert event["evidence"]["version"] == LAZY
+    assert event["reason"] in event["evidence"]["violations"]
+    assert votes[-1]["state"] == "muted"
+    assert {v["state"] for v in votes[:-1]} == {"canary"}
+    with_it = [signal for signal in one.signals() if "xgboost_canary" in signal["votes"]]
+    assert [signal["bar_id"] for signal in with_it] == [vote["bar_id"] for vote in votes]
+    assert len(one.signals()) == len(BARS) - 58
+    assert one.registry.get_sample_value("quartet_agent_state", {"agent": "xgboost_canary", "state": "canary"}) is None
+    assert one.events("agent_muted") == []
+
+
+def test_batch_sizes_give_the_same_bytes(desk, versions):
+    """Orders lie at batch boundaries: everything that bars gave is equal, and so are the events."""
+    found = []
+    for batch_size in (1, 7, 256):
+        one = desk(batch_size=batch_size)
+        one.feed(BARS[:HEAD])
+        one.order(trial(versions, LAZY))
+        one.feed(BARS[HEAD:400])
+        one.order("mute", "lightgbm")
+        one.feed(BARS[400:450])
+        one.order("unmute", "lightgbm")
+        one.order(trial(versions, SECOND, "shadow"))
+        one.feed(BARS[450:500])
+        one.order("rollback", "xgboost")
+        one.feed(BARS[500:520])
+        events = [(e["kind"], e["agent"], e["bar_id"], e["reason"]) for e in one.events()]
+        found.append((one.outputs(), events))
+    assert found[0][0][KEYS.votes("xgboost_canary")]
+    for outputs, events in found[1:]:
+        assert events == found[0][1]
+        assert outputs == found[0][0]
+
+
+def test_six_hours_of_bars_pass_a_canary_and_it_stays_one(desk, versions):
+    """A minute a bar: the bar 3 minutes after the first vote says so, with `canary_hours` of 0.05."""
+    one = desk(canary_hours=0.05)
+    one.feed(BARS[:HEAD])
+    one.order(trial(versions, SECOND))
+    one.feed(BARS[HEAD:120])
+    first = one.votes("xgboost_canary")[0]
+    (event,) = one.events("canary_passed")
+    assert event["ts"] == first["ts"] + 180_000
+    assert event["evidence"]["since"] == first["ts"]
+    assert one.votes("xgboost_canary")[-1]["state"] == "canary"
+    assert one.worker.pipeline.records["xgboost"].trial.passed
+
+
+def test_after_its_period_a_violation_mutes_it_only(desk, versions):
+    one = desk(canary_hours=0.05)
+    one.feed(BARS[:HEAD])
+    one.order(trial(versions, LAZY))
+    one.feed(BARS[HEAD:])
+    assert one.events("rolled_back") == []
+    assert [event["agent"] for event in one.events("agent_muted")] == ["xgboost_canary"]
+    assert len(one.votes("xgboost_canary")) == len(BARS) - HEAD
+    assert one.votes("xgboost_canary")[-1]["state"] == "muted"
+
+
+def test_promotion_needs_200_votes_without_a_violation(desk, versions):
+    one = desk()
+    one.feed(BARS[:HEAD])
+    assert [(e["kind"], e["reason"]) for e in one.order("promote", "xgboost")] == [("order_refused", "no_trial")]
+    one.order(trial(versions, SECOND))
+    one.feed(BARS[HEAD : HEAD + 199])
+    (early,) = one.order("promote", "xgboost")
+    assert (early["kind"], early["reason"], early["evidence"]["votes"]) == ("order_refused", "insufficient", 199)
+    one.feed(BARS[HEAD + 199 : HEAD + 200])
+    (done,) = one.order("promote", "xgboost")
+    assert (done["kind"], done["agent"]) == ("promoted", "xgboost")
+    assert done["evidence"]["version"] == SECOND
+    assert done["evidence"]["replaces"]["version"] == FIRST
+    one.feed(BARS[HEAD + 200 : HEAD + 240])
+    assert one.versions() == [FIRST, SECOND]
+    assert len(one.votes("xgboost_canary")) == 200
+    assert "xgboost_canary" not in one.signals()[-1]["votes"]
+
+
+def test_a_violation_refuses_the_promotion(desk, versions):
+    """Muted after its period: the gate fails with that reason."""
+    one = desk(canary_hours=0.05)
+    one.feed(BARS[:HEAD])
+    one.order(trial(versions, LAZY))
+    one.feed(BARS[HEAD:])
+    (event,) = one.order("promote", "xgboost")
+    assert event["kind"] == "order_refused"
+    assert event["reason"] == one.events("agent_muted")[0]["reason"]
+    assert one.worker.pipeline.records["xgboost"].artifact.version == FIRST
+
+
+def test_rollback_takes_a_canary_away_and_then_goes_back_a_version(desk, versions):
+    one = desk()
+    one.feed(BARS[:HEAD])
+    assert [e["reason"] for e in one.order("rollback", "xgboost")] == ["nothing_before"]
+    one.order(trial(versions, SECOND))
+    one.feed(BARS[HEAD : HEAD + 200])
+    (away,) = one.order("rollback", "xgboost")
+    assert (away["kind"], away["agent"], away["reason"]) == ("rolled_back", "xgboost_canary", "operator")
+    one.order(trial(versions, SECOND))
+    one.feed(BARS[HEAD + 200 : HEAD + 400])
+    assert [e["kind"] for e in one.order("promote", "xgboost")] == ["promoted"]
+    one.feed(BARS[HEAD + 400 : HEAD + 420])
+    (back,) = one.order("rollback", "xgboost")
+    assert (back["kind"], back["agent"], back["evidence"]["version"]) == ("rolled_back", "xgboost", FIRST)
+    one.feed(BARS[HEAD + 420 : HEAD + 440])
+    assert one.versions() == [FIRST, SECOND, FIRST]
+    assert one.worker.pipeline.records["xgboost"].pinned
+
+
+def test_a_second_canary_waits_for_the_first_to_go(desk, versions):
+    one = desk()
+    one.feed(BARS[:HEAD])
+    one.order(trial(versions, SECOND))
+    (event,) = one.order(trial(versions, LAZY))
+    assert (event["kind"], event["reason"], event["evidence"]["version"]) == ("order_refused", "trial_running", SECOND)
+
+
+def test_a_changed_or_missing_file_is_no_canary(desk, versions):
+    one = desk()
+    right = trial(versions, SECOND)
+    wrong = Order(right.order, right.agent, right.file, "0" * 64, right.by)
+    missing = Order(right.order, right.agent, f"xgboost_{LAZY}.ubj", right.sha256, right.by)
+    assert [e["reason"] for e in one.order(wrong)] == ["file_changed"]
+    assert [e["reason"] for e in one.order(missing)] == ["no_artifact"]
+    assert one.worker.pipeline.records["xgboost"].trial is None
+
+
+def test_a_canary_survives_a_restart_bit_for_bit(desk, versions):
+    """Restarts in its warm-up of votes, before the violation: the same bytes as without."""
+    runs = []
+    for restarts in (False, True):
+        one = desk()
+        one.feed(BARS[:HEAD])
+        one.order(trial(versions, LAZY))
+        for start in range(HEAD, len(BARS), 110):
+            one.feed(BARS[start : start + 110])
+            if restarts:
+                one.restart()
+        runs.append(one)
+    assert runs[1].outputs() == runs[0].outputs()
+    assert [e["bar_id"] for e in runs[1].events("rolled_back")] == [e["bar_id"] for e in runs[0].events("rolled_back")]
+    assert len(runs[0].events("rolled_back")) == 1
+
+
+def test_a_canary_whose_file_is_gone_is_rolled_back_at_the_next_start(desk, versions, tmp_path):
+    import shutil
+
+    elsewhere = shutil.copytree(versions / "next", tmp_path / "next")
+    one = desk()
+    one.feed(BARS[:HEAD])
+    right = trial(versions, SECOND)
+    one.order(Order(right.order, right.agent, str(elsewhere / f"xgboost_{SECOND}.ubj"), right.sha256, right.by))
+    shutil.rmtree(elsewhere)
+    one.restart()
+    one.feed(BARS[HEAD:120])
+    (event,) = one.events("rolled_back")
+    assert (event["agent"], event["reason"]) == ("xgboost_canary", "no_artifact")
+    assert one.votes("xgboost_canary") == []
+    assert one.worker.pipeline.records["xgboost"].trial is None
