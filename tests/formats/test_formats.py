@@ -107,11 +107,18 @@ def test_a_ccxt_row_is_closed_by_the_next_and_the_forming_one_repeats():
 
 
 def test_the_rolling_window_that_ccxt_gives_again_and_again_yields_each_bar_once():
-    """Windows of 4 rows, each two rows further: the reference is every bar but the last, once."""
-    windows = [[row(k) for k in range(start, start + 4)] for start in range(0, 12, 2)]
+    """Windows of 6 rows, each two rows further: every bar but the last, once; the last closed one comes again."""
+    windows = [[row(k) for k in range(start, start + 6)] for start in range(0, 12, 2)]
     accepted = accept([entry(n, data=rows) for n, rows in enumerate(windows)], CCXT)
-    assert [bar.ts for bar in accepted.bars] == [T + 60_000 * k for k in range(13)]
+    assert [bar.ts for bar in accepted.bars] == [T + 60_000 * k for k in range(15)]
     assert not accepted.rejects
+    assert accepted.outcomes["duplicate"] == len(windows) - 1
+
+
+def test_a_correction_of_the_last_closed_bar_is_a_revision():
+    windows = [[row(0), row(1)], [row(0, 11.5), row(1), row(2)]]
+    accepted = accept([entry(n, data=rows) for n, rows in enumerate(windows)], CCXT)
+    assert [reject.reason for reject in accepted.rejects] == ["revision"]
 
 
 def test_what_is_in_hand_is_part_of_the_state():
