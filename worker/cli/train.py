@@ -22,7 +22,7 @@ _PIPED_WIDTH = 140
 @with_settings
 def train(
     settings: Settings,
-    bars: Annotated[Path, typer.Option(metavar="FILE", help="Bars to train on: .csv or .parquet.")],
+    bars: Annotated[Path, typer.Option(metavar="FILE", help="Bars to train on: .csv, .parquet or a recording.")],
     agent: Annotated[str, typer.Option(metavar="NAME", help="One agent, several joined by commas, or all.")] = "all",
     seed: Annotated[int, typer.Option(min=0, help="Makes a training repeatable.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,

@@ -1,4 +1,4 @@
-"""Bars of history as columns: read from csv or parquet, checked, put in order.
+"""Bars of history as columns: read from csv, parquet or a recording, checked, put in order.
 
 The columns are `symbol ts interval open high low close volume`; `interval` may be absent and is
 then `1m`. A row must pass the rules that a live bar must pass on its own (`streams.validation`).
@@ -26,6 +26,7 @@ from worker.errors import UsageError
 
 COLUMNS = ("symbol", "ts", "interval", "open", "high", "low", "close", "volume")
 OPTIONAL = ("interval", "closed")
+RECORDING = ".zst"
 
 
 class BarFileError(UsageError):
@@ -67,11 +68,15 @@ Rows = Iterator[tuple[str, Raw]]
 
 
 def read_bars(path: Path) -> BarFile:
-    """Read `path` by its suffix: `.csv` or `.parquet`. Raises `BarFileError`."""
+    """Read `path` by its suffix: `.csv`, `.parquet`, or `.zst` for a recording. Raises `BarFileError`."""
+    if path.suffix.lower() == RECORDING:
+        return _read_recording(path)
     readers: dict[str, Callable[[Path], Rows]] = {".csv": _read_csv, ".parquet": _read_parquet}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise BarFileError(f"{path}: expected a .csv or .parquet file of bars, found {path.suffix or 'no suffix'!r}")
+        raise BarFileError(
+            f"{path}: expected a .csv or .parquet file of bars, or a recording in .zst, found {path.suffix or 'no suffix'!r}"
+        )
     if not path.is_file():
         raise BarFileError(f"{path}: no such file; give a csv or parquet file with the columns {' '.join(COLUMNS)}")
     places, bars, unclosed = [], [], 0
@@ -89,6 +94,20 @@ def read_bars(path: Path) -> BarFile:
 
 
 _LIMITS = Limits()
+
+
+def _read_recording(path: Path) -> BarFile:
+    """The bars that the worker accepted; a recording has its refused and repeated ones too, which are left out."""
+    from streams.recording import RecordingError  # noqa: PLC0415 - with what reads it
+    from worker.replay.accepted import accepted_bars  # noqa: PLC0415
+
+    try:
+        bars = list(accepted_bars(path))
+    except RecordingError as error:
+        raise BarFileError(str(error)) from error
+    if not bars:
+        raise BarFileError(f"{path}: the recording holds no accepted bar; record the stream that the worker reads")
+    return _in_order(path, [f"bar {number}" for number in range(1, len(bars) + 1)], _as_columns(bars), 0)
 
 
 def _require_columns(path: Path, names: Iterable[str]) -> None:

@@ -1,0 +1,294 @@
+"""The recorder: what it writes reads back byte for byte, survives its own death, and is read by other tools."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streams.inputs import Inputs
+from streams.keys import Keys
+from streams.recording import (
+    Lost,
+    Recorded,
+    Recording,
+    RecordingError,
+    Writer,
+    decode,
+    encode,
+    part_path,
+    read_header,
+    read_tail,
+)
+from streams.redis import connect
+from tests.chaos.scene import feed, market
+from tests.helpers import environment, quartet, wait_for
+from worker.errors import CheckFailed, UsageError
+from worker.record import Plan, Recorder
+
+Fields = dict[bytes, bytes]
+
+
+def plan(out: Path, namespace: str, **given: object) -> Plan:
+    keys = Keys(namespace)
+    return Plan(out, keys, Inputs((keys.bars,), namespace), **{"until_idle_s": 0.2, **given})  # type: ignore[arg-type]
+
+
+def record(url: str, out: Path, namespace: str, **given: object) -> list[str]:
+    said: list[str] = []
+    Recorder(connect(url), plan(out, namespace, **given), said.append).run()
+    return said
+
+
+def bars_in(file: Path) -> list[tuple[str, Fields]]:
+    return [(i.id, dict(i.fields)) for i in Recording(file) if isinstance(i, Recorded) and i.stream == "bars"]
+
+
+def bars_on(url: str, namespace: str) -> list[tuple[str, Fields]]:
+    with connect(url) as client:
+        return [(entry_id.decode(), fields) for entry_id, fields in client.xrange(f"{namespace}:bars")]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+payloads = st.one_of(
+    st.binary(max_size=40),
+    st.text(max_size=40).map(str.encode),
+    st.dictionaries(st.text(max_size=6), json_values, max_size=5).map(lambda x: json.dumps(x).encode()),
+    st.dictionaries(st.text(max_size=6), json_values, max_size=5).map(
+        lambda x: json.dumps(x, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
+    ),
+)
+
+
+@given(
+    st.dictionaries(st.binary(min_size=1, max_size=8), payloads, min_size=1, max_size=4)
+    | payloads.map(lambda x: {b"data": x})
+)
+def test_every_entry_reads_back_byte_for_byte(fields: Fields) -> None:
+    item = Recorded("bars", 'a:key with "quotes" and ,"data":', "12-3", fields)
+    line = encode(item)
+    assert b"\n" not in line
+    json.loads(line)
+    assert decode(line) == item
+
+
+@pytest.mark.parametrize(
+    "data", [b"[" * 300 + b"]" * 300, b'{"a":1e400}', b'{"a":1,"a":2}', b'{"a":' + b"9" * 40 + b"}", b"{} "]
+)
+def test_odd_json_reads_back_byte_for_byte(data: bytes) -> None:
+    item = Recorded("bars", "k", "1-0", {b"data": data})
+    assert decode(encode(item)) == item
+
+
+def test_a_recording_holds_every_entry_of_the_server(server: str, namespace: str, tmp_path: Path) -> None:
+    entries = [*market(2, 40), {b"\xff": b"\x00\xfe", b"b": b"2"}, {b"data": b'{ "odd" : 1.50 }'}]
+    feed(server, f"{namespace}:bars", entries)
+    file = tmp_path / "new" / "day.jsonl.zst"
+    record(server, file, namespace)
+    assert bars_in(file) == bars_on(server, namespace)
+    header = read_header(file)
+    assert (header["namespace"], header["part"], header["from"]) == (namespace, 1, "start")
+    assert set(header["contracts"]) >= {"v2", "v3"}
+    assert header["build"]["numpy"]
+
+
+def test_other_tools_read_it(valkey: str, namespace: str, tmp_path: Path, needs: Callable[[str], str]) -> None:
+    feed(valkey, f"{namespace}:bars", market(1, 30))
+    file = tmp_path / "day.jsonl.zst"
+    record(valkey, file, namespace)
+    command = f"{needs('zstdcat')} {file} | {needs('jq')} -r 'select(.stream == \"bars\") | .id'"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.split() == [entry_id for entry_id, _ in bars_on(valkey, namespace)]
+
+
+def test_a_continued_recording_has_no_gap_and_nothing_twice(valkey: str, namespace: str, tmp_path: Path) -> None:
+    bars = market(1, 90)
+    file = tmp_path / "day.jsonl.zst"
+    for first in (0, 30, 60):
+        feed(valkey, f"{namespace}:bars", bars[first : first + 30], first)
+        record(valkey, file, namespace)
+    assert bars_in(file) == bars_on(valkey, namespace)
+
+
+def test_an_unfinished_frame_is_reported_and_read_again_on_continuation(
+    valkey: str, namespace: str, tmp_path: Path
+) -> None:
+    feed(valkey, f"{namespace}:bars", market(1, 60))
+    file = tmp_path / "day.jsonl.zst"
+    record(valkey, file, namespace)
+    file.write_bytes(file.read_bytes()[:-7])
+    recording = Recording(file)
+    assert sum(1 for _ in recording) == 0  # the only frame of entries is the cut one
+    assert recording.cut > 0
+    said = record(valkey, file, namespace)
+    assert any("unfinished frame" in line for line in said)
+    assert bars_in(file) == bars_on(valkey, namespace)
+
+
+def test_a_damaged_frame_in_the_middle_is_named_by_its_place(valkey: str, namespace: str, tmp_path: Path) -> None:
+    file = tmp_path / "day.jsonl.zst"
+    for first in (0, 30):
+        feed(valkey, f"{namespace}:bars", market(1, 60)[first : first + 30], first)
+        record(valkey, file, namespace)
+    data = bytearray(file.read_bytes())
+    middle = len(data) // 2
+    data[middle] ^= 0xFF
+    file.write_bytes(data)
+    with pytest.raises(RecordingError, match=r"damaged in the frame at byte \d+ of \d+"):
+        list(Recording(file))
+
+
+def test_parts_by_size_are_read_as_one(valkey: str, namespace: str, tmp_path: Path) -> None:
+    file = tmp_path / "day.jsonl.zst"
+    bars = market(1, 200)
+    for first in range(0, 200, 50):
+        feed(valkey, f"{namespace}:bars", bars[first : first + 50], first)
+        # Each run ends above the limit and the next begins a part, as a long run does once a second.
+        recorder = Recorder(connect(valkey), plan(file, namespace, rotate_bytes=2_000), print)
+        recorder._turn()
+        recorder._writer.flush()
+        recorder._rotate()
+        recorder.run()
+    assert part_path(file, 2).name == "day.0002.jsonl.zst"
+    assert part_path(file, 2).exists()
+    assert read_header(part_path(file, 2))["positions"][f"{namespace}:bars"][1] > 0
+    assert bars_in(file) == bars_on(valkey, namespace)
+    later = [entry for entry, _ in bars_in(part_path(file, 2))]
+    assert later == [entry for entry, _ in bars_on(valkey, namespace)][-len(later) :]
+
+
+def test_a_part_of_another_recording_is_refused(valkey: str, namespace: str, tmp_path: Path) -> None:
+    feed(valkey, f"{namespace}:bars", market(1, 5))
+    file, other = tmp_path / "day.jsonl.zst", tmp_path / "other.jsonl.zst"
+    record(valkey, file, namespace)
+    record(valkey, other, namespace)
+    other.rename(part_path(file, 2))
+    with pytest.raises(RecordingError, match="no continuation"):
+        list(Recording(file))
+    file.unlink()
+    with pytest.raises(UsageError, match="another recording"):
+        record(valkey, file, namespace)
+
+
+def test_trimmed_entries_are_counted_exactly(valkey: str, namespace: str, tmp_path: Path) -> None:
+    key, bars = f"{namespace}:bars", market(1, 100)
+    file = tmp_path / "day.jsonl.zst"
+    feed(valkey, key, bars[:40])
+    record(valkey, file, namespace)
+    feed(valkey, key, bars[40:], first=40)
+    with connect(valkey) as client:
+        client.xtrim(key, maxlen=25, approximate=False)
+    said = record(valkey, file, namespace)
+    assert [item.entries for item in Recording(file) if isinstance(item, Lost)] == [35]
+    assert any("35 entries after" in line for line in said)
+    assert len(bars_in(file)) == 65
+    assert read_tail(file).positions[key][1] == 100
+
+
+def test_a_stream_that_was_made_anew_stops_the_recorder(valkey: str, namespace: str, tmp_path: Path) -> None:
+    key = f"{namespace}:bars"
+    file = tmp_path / "day.jsonl.zst"
+    feed(valkey, key, market(1, 40))
+    record(valkey, file, namespace)
+    with connect(valkey) as client:
+        client.delete(key)
+    feed(valkey, key, market(1, 10))
+    with pytest.raises(CheckFailed, match="made anew"):
+        record(valkey, file, namespace)
+
+
+def test_two_recorders_never_share_a_file(valkey: str, namespace: str, tmp_path: Path) -> None:
+    file = tmp_path / "day.jsonl.zst"
+    first = Recorder(connect(valkey), plan(file, namespace), print)
+    with pytest.raises(UsageError, match="another recorder"):
+        Recorder(connect(valkey), plan(file, namespace), print)
+    first.run()
+
+
+def test_what_is_no_recording_is_never_written_to(valkey: str, namespace: str, tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("keep me")
+    with pytest.raises(UsageError, match="no recording"):
+        record(valkey, file, namespace)
+    assert file.read_text() == "keep me"
+    other = tmp_path / "day.jsonl.zst"
+    record(valkey, other, namespace)
+    with pytest.raises(UsageError, match="records namespace"):
+        record(valkey, other, namespace + "other")
+
+
+def test_kill_9_loses_at_most_the_last_second(valkey: str, namespace: str, tmp_path: Path) -> None:
+    """Every entry that was on the server when the recorder's next frame came is in the file after its death."""
+    file, key = tmp_path / "day.jsonl.zst", f"{namespace}:bars"
+    bars = market(1, 400)
+    flags = ["--redis", valkey, "--namespace", namespace, "--state-dir", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "worker", "record", "--out", str(file), *flags],
+        cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: file.exists() and file.stat().st_size > 0, 60)
+        feed(valkey, key, bars[:200])
+        begun = file.stat().st_size
+        wait_for(lambda: file.stat().st_size > begun, 60)
+        held = [entry_id for entry_id, _ in bars_in(file)]
+        feed(valkey, key, bars[200:], first=200)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+        assert process.stderr is not None
+        process.stderr.close()
+    ids = [entry_id for entry_id, _ in bars_on(valkey, namespace)]
+    after = [entry_id for entry_id, _ in bars_in(file)]
+    assert held
+    assert after == ids[: len(after)]
+    assert len(after) >= len(held)
+    record(valkey, file, namespace)
+    assert bars_in(file) == bars_on(valkey, namespace)
+
+
+def test_sigterm_ends_the_recorder_quietly_with_everything_on_disk(valkey: str, namespace: str, tmp_path: Path) -> None:
+    file = tmp_path / "day.jsonl.zst"
+    flags = ["--redis", valkey, "--namespace", namespace, "--state-dir", str(tmp_path)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "worker", "record", "--out", str(file), "--json", *flags],
+        cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        wait_for(lambda: file.exists() and file.stat().st_size > 0, 60)
+        feed(valkey, f"{namespace}:bars", market(1, 50))
+        wait_for(lambda: len(bars_in(file)) == 50, 60)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, json.loads(out)["entries"]) == (0, {"bars": 50})
+    assert "Traceback" not in err
+
+
+def test_without_a_server_the_line_says_so(tmp_path: Path) -> None:
+    done = quartet("record", "--out", "x.jsonl.zst", cwd=tmp_path)
+    assert done.returncode == 3
+    assert "no embedded server runs" in done.stderr
+
+
+def test_the_writer_ends_a_frame_at_a_mebibyte(tmp_path: Path) -> None:
+    file = tmp_path / "x.zst"
+    with Writer(file) as writer:
+        writer.header({"id": "x", "part": 1, "positions": {}})
+        for number in range(3):
+            writer.add(Recorded("bars", "k", f"{number}-0", {b"x": bytes(900_000)}))
+        assert (
+            len(zstandard.ZstdDecompressor().stream_reader(file.read_bytes(), read_across_frames=True).read()) > 1 << 20
+        )
