@@ -7,7 +7,13 @@ import sys
 
 from benchmarks.machine import line
 
-SUITE: dict[str, list[str]] = {"features": [], "agents": [], "pipeline": [], "training": ["--seeds", "1"]}
+SUITE: dict[str, list[str]] = {
+    "features": [],
+    "agents": [],
+    "quality": [],
+    "pipeline": [],
+    "training": ["--seeds", "1"],
+}
 """Module to its arguments."""
 
 

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from streams.codec import seal, unseal
 from streams.messages import Action, AgentState, Bar, Event
@@ -20,6 +21,8 @@ _TWELFTHS = 12
 _HARD = 16
 _FIELD = b"window"
 
+_ACTIVE = STATE_CODE[AgentState.ACTIVE]
+_OPPOSED = (1 << Action.BUY) | (1 << Action.SELL)
 _CONCERNS = {
     "agreement_low": "agents agree too rarely: they may see different inputs, or one of them noise",
     "agreement_high": "agents agree too often: four that say the same are no more than one",
@@ -110,10 +113,8 @@ class EnsembleWatch:
         self._outside = frozenset(outside)
 
 
-def _hard_disagreement(ballots: Sequence[Ballot], rows: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    buy, sell = np.zeros(rows, np.bool_), np.zeros(rows, np.bool_)
+def _hard_disagreement(ballots: Sequence[Ballot], rows: int) -> NDArray[np.bool_]:
+    said = np.zeros(rows, np.int64)
     for ballot in ballots:
-        counts = ballot.state == STATE_CODE[AgentState.ACTIVE]
-        buy |= counts & (ballot.action == Action.BUY)
-        sell |= counts & (ballot.action == Action.SELL)
-    return buy & sell
+        said |= np.where(ballot.state == _ACTIVE, 1 << ballot.action.astype(np.int64), 0)
+    return np.asarray((said & _OPPOSED) == _OPPOSED)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from streams.messages import AGENTS, Action, AgentState, Bar, Event, Reason
 from worker import qsc_kernel as kernel
-from worker.batches import STATE_CODE, Ballot, Vectors
+from worker.batches import STATE_CODE, STATES, Ballot, Vectors
 from worker.features.packing import SeriesStore
 from worker.quality import CRITERIA, WINDOW, QualityLimits
 
@@ -26,7 +26,9 @@ FAILURES = CRITERIA[5:]
 """The reasons of abstentions that are attempts; `insufficient_history` is none."""
 _FAILURE_KIND = {str(reason): 3 + place for place, reason in enumerate(FAILURES)}
 _JUDGED = [STATE_CODE[s] for s in (AgentState.ACTIVE, AgentState.CANARY, AgentState.SHADOW, AgentState.MUTED)]
-_WEIGHTED = [STATE_CODE[s] for s in (AgentState.ACTIVE, AgentState.CANARY)]
+_WEIGHTED = np.array([state in (AgentState.ACTIVE, AgentState.CANARY) for state in STATES])
+"""By code of a state, whether its votes have weight."""
+_ABSTAIN = int(Action.ABSTAIN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ class Safeguard:
         judged: list[Ballot] = []
         events: list[tuple[int, Event]] = []
         for ballot in ballots:
-            outputs = np.zeros((len(bars), 1)) if ballot.outputs is None else np.nan_to_num(ballot.outputs)
+            outputs = np.zeros((len(bars), 1)) if ballot.outputs is None else ballot.outputs
             seen = self.observe(ballot.agent, _kinds(ballot), ballot.confidence, outputs, fingerprints, ts)
             judged.append(self._with_states(ballot, seen))
             rows = np.flatnonzero(seen.transition).tolist()
@@ -110,7 +112,7 @@ class Safeguard:
         """Take N attempts of one agent, in order.
 
         `kinds` `[N]` are codes of `Action`, 3 and up the place in `FAILURES`, -1 no attempt; `outputs`
-        `[N, K]` finite; `fingerprints` tell inputs apart; `ts` in ms is the clock of re-admissions.
+        `[N, K]` are finite where there is a vote; `fingerprints` tell inputs apart; `ts` in ms is the clock.
         """
         row = self._row(agent)
         record = self._store.state[row : row + 1]
@@ -131,13 +133,15 @@ class Safeguard:
     def _with_states(self, ballot: Ballot, seen: Watched) -> Ballot:
         """Muted rows are muted; an agent on probation is in the shadow until it can be judged."""
         limits = self.limits(ballot.agent)
-        weighted = np.isin(ballot.state, _WEIGHTED)
+        weighted = _WEIGHTED[ballot.state]
         muted = weighted & (seen.status != kernel.CLEAR)
+        if limits.probation == "vote" and not muted.any():
+            return ballot
         probation = weighted & ~muted & (limits.probation == "shadow") & (seen.votes < limits.minimum)
         state = np.where(muted, STATE_CODE[AgentState.MUTED], ballot.state)
         state = np.where(probation, STATE_CODE[AgentState.SHADOW], state)
         reasons = list(ballot.reason)
-        for row in np.flatnonzero(muted & (ballot.action != Action.ABSTAIN)):
+        for row in np.flatnonzero(muted & (ballot.action != _ABSTAIN)):
             reasons[row] = _why(seen.status[row], seen.reason[row])
         return replace(ballot, state=state.astype(np.int8), reason=tuple(reasons))
 
@@ -239,7 +243,7 @@ def kind_of(action: int, state: int, reason: str | None) -> int:
     """What a vote came to: its action, 3 and up the failure behind an abstention, -1 for no attempt."""
     if state not in _JUDGED:
         return -1
-    return action if action != Action.ABSTAIN else _FAILURE_KIND.get(reason or "", -1)
+    return action if action != _ABSTAIN else _FAILURE_KIND.get(reason or "", -1)
 
 
 def _kinds(ballot: Ballot) -> NDArray[np.int64]:

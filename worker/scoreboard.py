@@ -34,6 +34,9 @@ CONSENSUS = "consensus"
 SLOTS = (*AGENTS, *(agent + CANARY for agent in AGENTS), CONSENSUS)
 """Who is scored, by column."""
 
+_SELL, _HOLD, _BUY, _ABSTAIN = map(int, Action)
+_DECIDED = (str(Status.OK), str(Status.HOLD))
+
 _VOTES = [("action", "i1", (len(SLOTS),)), ("confidence", "<f8", (len(SLOTS),))]
 _PENDING_STATE = np.dtype([("life", "<i8"), ("count", "<i8"), ("last_ts", "<i8")])
 _PENDING = np.dtype([("close", "<f8"), *_VOTES])
@@ -82,12 +85,13 @@ class Scoreboard:
             return
         self._pending.reserve(int(rows.max()) + 1)
         votes = np.zeros(len(rows), _PENDING)
-        votes["action"] = Action.ABSTAIN
+        votes["action"] = _ABSTAIN
         _enter(votes, vectors.index, ballots, signals)
         returns, then = self._advance(rows, self._breaks(accepted), np.ascontiguousarray(accepted.ohlcv[:, 3]), votes)
-        for row, bars in zip(*np.unique(rows, return_counts=True), strict=True):
-            self._bars[int(row)] = self._bars.get(int(row), 0) + int(bars)
-        self._append(returns, then, _by_slot(thresholds))
+        for row in rows.tolist():
+            self._bars[row] = self._bars.get(row, 0) + 1
+        if len(returns):
+            self._append(returns, then, _by_slot(thresholds))
 
     def _breaks(self, accepted: Accepted) -> NDArray[np.bool_]:
         """Before which bars of the batch their series was interrupted; notes the last times."""
@@ -159,11 +163,8 @@ def is_right(
     action: NDArray[np.int8], returns: NDArray[np.float64], thresholds: NDArray[np.float64] | float
 ) -> NDArray[np.bool_]:
     """Whether each action was what the market then did; an abstention never is."""
-    return np.select(
-        [action == Action.BUY, action == Action.SELL, action == Action.HOLD],
-        [returns > 0, returns < 0, np.abs(returns) <= thresholds],
-        default=False,
-    )
+    held = (action == _HOLD) & (np.abs(returns) <= thresholds)
+    return np.asarray(held | ((action == _BUY) & (returns > 0)) | ((action == _SELL) & (returns < 0)))
 
 
 def scores_of(
@@ -173,9 +174,9 @@ def scores_of(
     right: NDArray[np.bool_] | NDArray[np.int8],
 ) -> Scores:
     """The scores of N votes and abstentions, `[N]` each."""
-    named = action != Action.ABSTAIN
-    acted = named & (action != Action.HOLD)
-    signed = np.where(action == Action.BUY, returns, -returns)[acted]
+    named = action != _ABSTAIN
+    acted = named & (action != _HOLD)
+    signed = np.where(action == _BUY, returns, -returns)[acted]
     misses = (confidence - right)[named]
     return Scores(
         scored=int(named.sum()),
@@ -203,8 +204,8 @@ def _enter(votes: NDArray[np.void], index: NDArray[np.int64], ballots: Sequence[
         slot = SLOTS.index(ballot.agent)
         votes["action"][index, slot] = ballot.action
         votes["confidence"][index, slot] = ballot.confidence
-    decided = np.isin(signals.status, (Status.OK, Status.HOLD))
-    votes["action"][index, -1] = np.where(decided, signals.action, Action.ABSTAIN)
+    decided = np.array([status in _DECIDED for status in signals.status], np.bool_)
+    votes["action"][index, -1] = np.where(decided, signals.action, _ABSTAIN)
     votes["confidence"][index, -1] = signals.confidence
 
 
