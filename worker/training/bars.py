@@ -75,7 +75,8 @@ def read_bars(path: Path) -> BarFile:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise BarFileError(
-            f"{path}: expected a .csv or .parquet file of bars, or a recording in .zst, found {path.suffix or 'no suffix'!r}"
+            f"{path}: expected a .csv or .parquet file of bars, or a recording in .zst, "
+            f"found {path.suffix or 'no suffix'!r}"
         )
     if not path.is_file():
         raise BarFileError(f"{path}: no such file; give a csv or parquet file with the columns {' '.join(COLUMNS)}")
