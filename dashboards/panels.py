@@ -158,6 +158,7 @@ def listing(title: str, text: str, query: Query, columns: dict[str, str], *, see
             )
         )
         .show_header(True)
+        .inspect(False)
     )
 
 

@@ -1,0 +1,221 @@
+"""Every query of every panel against a real Prometheus that scraped a real run.
+
+In the run an artifact is refused, bars are rejected and flagged, and an agent is muted by the
+safeguard: its limit on the share of one action is set so low that any three-way vote exceeds it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from tests.chaos.scene import TREES, market
+from tests.dashboards.test_generated import WITH_QUERIES, board, panels, rules
+from tests.helpers import ROOT, environment, free_port, wait_for
+
+AGENTS = ("xgboost", "lightgbm", "nhits")
+SCRAPE = "500ms"
+ROUNDS = 4
+"""Portions in which the bars come, so that there are rates to be seen."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A Prometheus after the run: where it answers, and from when to when (Unix time) it scraped."""
+
+    url: str
+    start: float
+    end: float
+
+    def ask(self, path: str, **parameters: str | float) -> Any:
+        with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}") as answer:
+            body = json.load(answer)
+        assert body["status"] == "success", body
+        return body["data"]
+
+    def over_time(self, expr: str) -> list[Any]:
+        return self.ask("query_range", query=expr, start=self.start, end=self.end, step=0.5)["result"]
+
+    def data(self, target: dict[str, Any], agent: str) -> list[Any]:
+        """What a panel's query returns to Grafana, over the run or at its end."""
+        expr = filled(target["expr"], agent)
+        return self.over_time(expr) if target["range"] else self.at_end(expr)
+
+    def at_end(self, expr: str) -> list[Any]:
+        return self.ask("query", query=expr, time=self.end)["result"]
+
+
+def train(folder: Path) -> None:
+    """Two real tree models, and a network that is no network."""
+    from worker.training.market import generate
+    from worker.training.train import train_agents
+
+    train_agents(generate(4, 600, 3, signal="planted").bars(), folder, agents=TREES, seed=1)
+    (folder / "nhits_v20260101_000000_v3.pth").write_bytes(b"PK\x03\x04 cut")
+
+
+def entries() -> list[dict[bytes, bytes]]:
+    """Bars of four symbols; every fortieth comes again with an impossible high, the last four twice."""
+    good = market(4, 130)
+    bad = [{**fields, b"high": b"0.001"} for fields in good[::40]]
+    repeated = good[-4:]
+    return [*good, *bad, *repeated]
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory, valkey: str, needs: Callable[[str], str]) -> Iterator[Seen]:
+    folder = tmp_path_factory.mktemp("run")
+    train(folder / "models")
+    port, listen = free_port(), free_port()
+    settings = {
+        "QUARTET_WARMUP_BARS__V3": "30",
+        "QUARTET_AGENTS": ",".join(AGENTS),
+        "QUARTET_QUORUM": "2",
+        "QUARTET_QUALITY__XGBOOST__ACTION_SHARE": "0.3",
+        "NUMBA_CACHE_DIR": os.environ["NUMBA_CACHE_DIR"],
+    }
+    flags = ["--redis", valkey, "--namespace", folder.name, "--models", folder / "models", "--state-dir", folder]
+    (folder / "prometheus.yml").write_text(
+        f"global: {{scrape_interval: {SCRAPE}, scrape_timeout: {SCRAPE}, evaluation_interval: 1s}}\n"
+        f"rule_files: ['{ROOT}/dashboards/prometheus/rules.yml']\n"
+        f"scrape_configs: [{{job_name: quartet, static_configs: [{{targets: ['127.0.0.1:{port}']}}]}}]\n"
+    )
+    worker = [sys.executable, "-m", "worker", "run", *flags, "--http-port", str(port)]
+    prometheus = [needs("prometheus"), "--config.file=prometheus.yml", "--storage.tsdb.path=data"]
+    with (
+        (folder / "worker.log").open("wb") as log,
+        (folder / "prometheus.log").open("wb") as prometheus_log,
+        _child(worker, folder, log, environment(settings)) as life,
+        _child([*prometheus, f"--web.listen-address=127.0.0.1:{listen}"], folder, prometheus_log, None) as scraper,
+    ):
+        url = f"http://127.0.0.1:{listen}"
+        exposition = f"http://127.0.0.1:{port}/metrics"
+        ended = lambda: life.poll() is not None or scraper.poll() is not None  # noqa: E731
+        wait_for(lambda: ended() or (_up(f"{url}/-/ready") and _up(exposition)))
+        start = time.time()
+        assert not ended(), (folder / "worker.log").read_text() + (folder / "prometheus.log").read_text()
+        made = Seen(url, start, start)
+        _feed(made, valkey, folder.name)
+        yield Seen(url, start, time.time())
+
+
+class _child:
+    """A process that is asked to end, by its own id, when the block does."""
+
+    def __init__(self, command: list[Any], folder: Path, log: Any, env: Any) -> None:
+        self._process = subprocess.Popen(
+            [str(part) for part in command], cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT
+        )
+
+    def __enter__(self) -> subprocess.Popen[bytes]:
+        return self._process
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait(20)
+
+
+def _up(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=1.0) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def _feed(seen: Seen, url: str, namespace: str) -> None:
+    """Publish the bars in portions, each once the one before was scraped as consumed."""
+    rows = entries()
+    size = -(-len(rows) // ROUNDS)
+    with redis.Redis.from_url(url) as client:
+        for first in range(0, len(rows), size):
+            pipe = client.pipeline(transaction=False)
+            for fields in rows[first : first + size]:
+                pipe.xadd(f"{namespace}:bars", fields)
+            pipe.execute()
+            sent = min(first + size, len(rows))
+            wait_for(lambda sent=sent: _value(seen, "sum(quartet_bars_total)") == sent)
+    # Scores, drift and lengths are published every couple of seconds.
+    for metric in ("quartet_agent_hit_ratio", "quartet_feature_drift", 'quartet_stream_length{stream="signals"}'):
+        wait_for(lambda metric=metric: _value(seen, f"count({metric})") > 0)
+    wait_for(lambda: _value(seen, 'quartet_stream_lag{stream=~".*:bars"}') == 0)
+
+
+def _value(seen: Seen, expr: str) -> float:
+    result = seen.ask("query", query=expr)["result"]
+    return float(result[0]["value"][1]) if result else -1.0
+
+
+def test_in_the_run_an_agent_was_muted_an_artifact_refused_and_bars_rejected(seen: Seen) -> None:
+    states = {
+        sample["metric"]["agent"]: sample["metric"]["state"] for sample in seen.at_end("quartet_agent_state == 1")
+    }
+    assert states == {"xgboost": "muted", "lightgbm": "active", "nhits": "refused"}
+    assert _value(seen, 'quartet_bars_total{outcome="rejected"}') > 0
+    assert _value(seen, 'quartet_bars_total{outcome="duplicate"}') == 4
+
+
+def filled(expr: str, agent: str) -> str:
+    """The expression as Grafana sends it."""
+    for name, value in {"$__rate_interval": "3s", "$interval": "60", "$agent": agent}.items():
+        expr = expr.replace(name, value)
+    assert "$" not in re.sub(r"\$(?=\")", "", expr)
+    return expr
+
+
+@pytest.mark.parametrize("name", WITH_QUERIES)
+def test_every_query_of_every_panel_returns_data(seen: Seen, name: str) -> None:
+    # A refused agent has neither a version nor votes' figures: those of the others must be there.
+    asked = [
+        (panel["title"], target, agent)
+        for panel in panels(name)
+        for target in panel.get("targets", [])
+        for agent in (("xgboost", "lightgbm") if "$agent" in target["expr"] else ("",))
+    ]
+    assert asked
+    assert [(title, agent, target["expr"]) for title, target, agent in asked if not seen.data(target, agent)] == []
+
+
+def test_of_a_refused_agent_state_votes_and_abstentions_are_shown(seen: Seen) -> None:
+    """What there is to say of an agent without a model."""
+    shown = {
+        panel["title"]
+        for panel in panels("agents.json")
+        for target in panel.get("targets", [])
+        if seen.data(target, "nhits")
+    }
+    assert {"State", "Votes by action", "Abstentions"} <= shown
+    assert shown.isdisjoint({"Version", "Hit ratio", "Deviation of the confidence"})
+
+
+def test_annotations_are_valid_and_those_of_what_happened_have_data(seen: Seen) -> None:
+    marks = {mark["name"]: mark["expr"] for mark in board("signal.json")["annotations"]["list"]}
+    found = {name: seen.over_time(filled(expr, "")) for name, expr in marks.items()}
+    assert {sample["metric"]["agent"] for sample in found["Muted"]} == {"xgboost"}
+    assert {sample["metric"]["agent"] for sample in found["Loaded or reloaded"]} == {"xgboost", "lightgbm"}
+    assert found["Rolled back"] == []
+
+
+def test_the_variables_find_the_agents(seen: Seen) -> None:
+    variable = next(v for v in board("agents.json")["templating"]["list"] if v["name"] == "agent")
+    metric, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]).groups()
+    assert set(seen.ask(f"label/{label}/values", **{"match[]": metric})) == set(AGENTS)
+
+
+def test_prometheus_takes_the_rules_and_evaluates_them_all(seen: Seen) -> None:
+    taken = [rule for group in seen.ask("rules")["groups"] for rule in group["rules"]]
+    assert {rule["name"] for rule in taken} == {rule["alert"] for rule in rules()}
+    assert [rule["lastError"] for rule in taken if rule.get("lastError")] == []
