@@ -167,8 +167,8 @@ def symbol_of(data: bytes) -> str:
 
 
 def concerns(note: Mapping[str, Any], pair: Pair) -> bool:
-    """Whether a note is about this symbol, or about none that is known."""
-    return note["symbol"] in ("", pair[0]) and note["interval"] in ("", pair[1])
+    """Whether a note is about this symbol, about none that is known, or about an agent, which votes on all."""
+    return bool(note["agent"]) or (note["symbol"] in ("", pair[0]) and note["interval"] in ("", pair[1]))
 
 
 def _first(notes: Iterator[dict[str, Any]], pair: Pair) -> list[dict[str, Any]]:

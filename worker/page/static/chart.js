@@ -41,7 +41,10 @@ export class Chart {
     const steps = { ...QUIET_SERIES, lineType: LineType.WithSteps, priceFormat: whole, autoscaleInfoProvider: range };
     this.quorum = this.chart.addSeries(LineSeries, { ...steps, lineWidth: 1, lineStyle: LineStyle.Dashed, title: "quorum" }, 2);
     this.voting = this.chart.addSeries(LineSeries, { ...steps, lineWidth: 2, title: "voting" }, 2);
-    this.chart.subscribeCrosshairMove(({ time }) => onRow(this.#find(time)));
+    this.chart.subscribeCrosshairMove(({ time, sourceEvent }) => {
+      if (sourceEvent) this.#at = null;
+      if (this.#at === null) onRow(this.#find(time));
+    });
     dark.addEventListener("change", () => this.#paint());
     element.addEventListener("keydown", (event) => this.#key(event, onRow));
     this.#paint();
@@ -91,7 +94,6 @@ export class Chart {
 
   /** Show `rows`; `changed` are those that differ, all at the end, or null for anything else. */
   show(rows, changed) {
-    const fresh = this.#rows.length === 0 && rows.length > 0;
     this.#rows = rows;
     const layers = [
       [this.veil, (row) => ({ time: seconds(row), row })],
@@ -105,7 +107,6 @@ export class Chart {
       else for (const row of changed) series.update(item(row));
     }
     this.markers.setMarkers(rows.filter((row) => row.status === "ok").map((row) => this.#marker(row)));
-    if (fresh) this.zoom(this.#shown);
   }
 
   #candle(row) {
@@ -135,7 +136,7 @@ export class Chart {
   }
 
   /** Show the last `bars` bars. */
-  zoom(bars) {
+  zoom(bars = this.#shown) {
     this.#shown = bars;
     const to = this.#rows.length + 1;
     this.chart.timeScale().setVisibleLogicalRange({ from: to - Math.min(bars, Math.max(this.#rows.length, 30)) - 1, to });
@@ -162,8 +163,11 @@ export class Chart {
     const seen = scale.getVisibleLogicalRange();
     const shift = place < seen.from ? place - seen.from - 2 : place > seen.to ? place - seen.to + 2 : 0;
     if (shift) scale.setVisibleLogicalRange({ from: seen.from + shift, to: seen.to + shift });
-    if (row.close !== undefined) this.chart.setCrosshairPosition(row.close, seconds(row), this.candles);
     onRow(row);
+    // The crosshair can only stand on what is in view, and that moves with the next frame.
+    requestAnimationFrame(() => {
+      if (row.close !== undefined) this.chart.setCrosshairPosition(row.close, seconds(row), this.candles);
+    });
   }
 
   #scale(factor) {

@@ -117,13 +117,11 @@ export class Lanes extends Layer {
       context.stroke();
     }
     if (row.gap) {
-      context.strokeStyle = this.colours.warn;
-      context.beginPath();
-      for (const side of [-2 * v, 2 * v]) {
-        context.moveTo(left + side, top + 3 * v);
-        context.lineTo(left + side, bottom - 3 * v);
+      const thick = Math.max(1, Math.round(1.6 * v));
+      context.fillStyle = this.colours.warn;
+      for (const side of [-3 * v, 1 * v]) {
+        context.fillRect(Math.round(left + side), top + Math.round(3 * v), thick, Math.round(bottom - top - 6 * v));
       }
-      context.stroke();
     }
   }
 
@@ -136,12 +134,12 @@ export class Lanes extends Layer {
     const width = context.measureText(text).width;
     const y = (top + bottom) / 2 / h;
     context.fillStyle = this.colours.card;
-    context.globalAlpha = 0.86;
-    context.fillRect(3, y - 8, width + 10, 16);
+    context.globalAlpha = 0.9;
+    context.fillRect(0, top / h, width + 12, (bottom - top - 1) / h);
     context.globalAlpha = 1;
     context.fillStyle = this.colours.ink;
     context.textBaseline = "middle";
-    context.fillText(text, 8, y + 0.5);
+    context.fillText(text, 5, y + 0.5);
     context.restore();
   }
 }

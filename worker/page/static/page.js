@@ -44,7 +44,7 @@ function showAll() {
   if (!overview) return;
   const last = rows.list.findLast((row) => row.status !== undefined);
   const agents = agentNames();
-  byId("namespace").textContent = overview.namespace;
+  byId("namespace").textContent = `namespace ${overview.namespace}`;
   panels.showHeadline(overview, warmingText());
   panels.showReasons(overview);
   panels.showAgents(overview, last);
@@ -109,6 +109,7 @@ function takeNotes(more) {
 }
 
 function takeRows(columns) {
+  if (!looked) return; // the series is on its way, and holds these too
   const changed = rows.merge(columns);
   pin();
   chart.show(rows.list, changed);
@@ -127,12 +128,14 @@ async function reload() {
   try {
     const series = await ask(`api/series?symbol=${symbol}&interval=${interval}`);
     if (mine !== pair) return;
+    const first = looked === null;
     looked = series;
     rows.clear();
     rows.merge(series.rows);
     notes = [];
     takeNotes(series.notes);
     chart.show(rows.list, null);
+    if (first) chart.zoom();
     byId("chart").dataset.symbol = `${series.symbol} ${series.interval}`;
     refresh();
   } catch (error) {
@@ -204,6 +207,7 @@ setInterval(() => {
 
 function choose(symbol, interval) {
   pair = [symbol, interval];
+  looked = null;
   hovered = null;
   rows.clear();
   notes = [];
@@ -214,10 +218,15 @@ function choose(symbol, interval) {
   connect();
 }
 
+function named() {
+  const [symbol, interval] = decodeURIComponent(window.location.hash.slice(1)).split("|");
+  return symbol ? [symbol, interval || "1m"] : null;
+}
+
 /** The symbol of the address, else the first one; waits for the first bar where there is none yet. */
 async function start() {
-  const [symbol, interval] = decodeURIComponent(window.location.hash.slice(1)).split("|");
-  if (symbol) return choose(symbol, interval || "1m");
+  const wanted = named();
+  if (wanted) return choose(...wanted);
   try {
     overview = await ask("api/overview");
     const { matches } = await ask("api/symbols");
@@ -233,5 +242,9 @@ async function start() {
 for (const choice of document.querySelectorAll("#zoom input")) {
   choice.addEventListener("change", () => chart.zoom(Number(choice.value)));
 }
+window.addEventListener("hashchange", () => {
+  const wanted = named();
+  if (wanted && wanted.join() !== pair?.join()) choose(...wanted);
+});
 byId("table").addEventListener("toggle", refresh);
 start();

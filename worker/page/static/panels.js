@@ -18,19 +18,26 @@ export function showHeadline(overview, warming) {
   const short = signal && signal.voting < signal.quorum;
   const parts = [[counted.configured, "configured"], [counted.loaded, "loaded"]];
   if (signal) parts.push([signal.voting, "voting"]);
-  const spans = parts.map(([n, name]) => make("span", name === "voting" && short ? { class: "short" } : {}, `${n} ${name}`));
-  fill(byId("headline"), ...spans.flatMap((span, i) => (i ? [make("span", { class: "dot" }, " · "), span] : [span])));
-  document.title = spans.map((span) => span.textContent).join(" · ");
+  const words = parts.map(([n, name], place) => {
+    const dot = place < parts.length - 1 ? [make("span", { class: "dot" }, " ·")] : [];
+    return make("span", name === "voting" && short ? { class: "short" } : {}, `${n} ${name}`, ...dot);
+  });
+  fill(byId("headline"), ...words.flatMap((word, place) => (place ? [" ", word] : [word])));
+  document.title = byId("headline").textContent;
   fill(byId("decision"), ...(signal ? decision(signal) : [warming]));
 }
 
 function decision(signal) {
   const { symbol, interval, ts, action, status, agreeing, voting, quorum } = signal;
-  const said = status === "ok" ? "" : ` ${status}`;
   return [
-    make("b", { class: status === "ok" ? action.toLowerCase() : "" }, `${action}${said}`),
+    make("b", { class: status === "ok" ? action.toLowerCase() : "" }, signalText(signal)),
     ` is the last signal: ${symbol} ${interval} ${clock(ts)}, ${agreeing} of ${voting} voting agree, quorum ${quorum}`,
   ];
+}
+
+/** `BUY`, `HOLD`, or a HOLD with why it is one. */
+function signalText({ action, status }) {
+  return status === "ok" || status === "hold" ? action : `${action} ${status}`;
 }
 
 /** One line for each thing that is off. */
@@ -84,7 +91,7 @@ export function showRow(row) {
   const bar = close === undefined ? "" : ` open ${price(open)}, high ${price(high)}, low ${price(low)}, close ${price(close)}`;
   const signal = row.status === undefined
     ? "no signal: warming up"
-    : `${row.action}${row.status === "ok" ? "" : ` ${row.status}`}, ${row.voting} voting, ${row.agreeing} agreeing, quorum ${row.quorum}`;
+    : `${signalText(row)}, ${row.voting} voting, ${row.agreeing} agreeing, quorum ${row.quorum}`;
   const notes = (row.notes ?? []).map((note) => make("div", {}, `${MARKS[note.kind]} ${note.kind}: ${note.reason}, ${note.detail}`));
   const votes = Object.entries(row.votes).map(([agent, vote]) => make("span", { class: tone(vote) }, `${agent} ${voteText(vote)}`));
   fill(byId("readout"), make("div", {}, make("b", {}, clock(row.ts)), bar), make("div", {}, make("b", {}, signal)),

@@ -1,0 +1,263 @@
+"""What the page shows is what lies on the streams: of the demonstration, and of the sabotaged one.
+
+The expected values are read from the streams and from `/readyz` here, over a client of the test's own,
+and compared with the text and the pixels in a real browser.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from tests.helpers import wait_for
+from tests.page.conftest import AGENTS, GAP_AT, REJECTED_AT, Scene
+
+SYMBOL = "SYN01"
+KEPT = {("page-sabotaged", "light", 1280): "page.png", ("page-demo", "dark", 1280): "page-demo.png"}
+"""The pictures of the documents; `QUARTET_TEST_PICTURES=docs` makes them anew."""
+LEAST_PIXELS = 8
+"""Of exactly one colour; the strokes of a mark are mostly blended at their edges."""
+
+
+class Visit:
+    """The page in a browser of its own that notes every request, every message and every error."""
+
+    def __init__(self, page: Page, scene: Scene) -> None:
+        self.page = page
+        self.scene = scene
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on("console", lambda message: self.complaints.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+
+    def open(self, symbol: str = SYMBOL) -> None:
+        self.page.goto(f"{self.scene.url}/#{symbol}|1m")
+        expect(self.page.locator("#chart")).to_have_attribute("data-symbol", f"{symbol} 1m", timeout=30_000)
+        expect(self.page.locator("#connection")).to_have_text("live")
+        expect(self.page.locator("#agents li")).to_have_count(len(AGENTS))
+
+    def table(self) -> list[list[str]]:
+        """The rows of the table, oldest first: the time in ms, then the cells."""
+        self.page.locator("#table").evaluate("table => { table.open = true }")
+        rows = self.page.locator("#table tbody tr")
+        expect(rows.first).to_be_attached()
+        found: list[list[str]] = rows.evaluate_all(
+            "rows => rows.map(row => [row.dataset.ts, ...[...row.cells].map(cell => cell.textContent)])"
+        )
+        return found[::-1]
+
+    def colour(self, name: str) -> str:
+        return str(self.page.evaluate(f"getComputedStyle(document.body).getPropertyValue('--{name}').trim()"))
+
+    def pixels(self, name: str, pane: int) -> int:
+        """How many pixels of a colour of the style sheet are drawn on one pane of the chart, 0 the candles'."""
+        return int(
+            self.page.evaluate(
+                """([colour, pane]) => {
+                  const [r, g, b] = [1, 3, 5].map(at => parseInt(colour.slice(at, at + 2), 16));
+                  const row = [...document.querySelectorAll('#chart tr')].filter(row => row.clientHeight > 40)[pane];
+                  let count = 0;
+                  const copy = document.createElement('canvas');
+                  const pen = copy.getContext('2d', { willReadFrequently: true });
+                  for (const canvas of row.querySelectorAll('td:nth-child(2) canvas')) {
+                    [copy.width, copy.height] = [canvas.width, canvas.height];
+                    pen.drawImage(canvas, 0, 0);
+                    const { data } = pen.getImageData(0, 0, canvas.width, canvas.height);
+                    for (let i = 0; i < data.length; i += 4)
+                      if (data[i] === r && data[i + 1] === g && data[i + 2] === b && data[i + 3] === 255) count += 1;
+                  }
+                  return count;
+                }""",
+                [self.colour(name), pane],
+            )
+        )
+
+
+@pytest.fixture(params=["demo", "sabotaged"])
+def scene(request: pytest.FixtureRequest) -> Scene:
+    found: Scene = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+def visit(browser: Browser, scene: Scene) -> Iterator[Visit]:
+    with visiting(browser, scene) as visit:
+        yield visit
+
+
+@contextmanager
+def visiting(browser: Browser, scene: Scene, **options: Any) -> Iterator[Visit]:
+    context = browser.new_context(viewport={"width": 1280, "height": 1000}, **options)
+    visit = Visit(context.new_page(), scene)
+    visit.open()
+    yield visit
+    context.close()
+    assert visit.complaints == []
+    assert [url for url in visit.requests if not url.startswith(scene.url)] == []
+
+
+def clock(ms: int) -> str:
+    return dt.datetime.fromtimestamp(ms / 1000, dt.UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def spoken(vote: dict[str, Any]) -> str:
+    """A vote as the table says it, written down here from the contract and not from the page's own code."""
+    said = "abstains" if vote["action"] == "ABSTAIN" else f"{vote['action']} {vote['confidence']:.2f}"
+    why = ": ".join(part for part in ("" if vote["state"] == "active" else vote["state"], vote["reason"]) if part)
+    return ", ".join(part for part in (said, why) if part)
+
+
+def test_the_headline_is_that_of_the_last_signal(visit: Visit) -> None:
+    last = visit.scene.messages(visit.scene.keys.signals)[-1]
+    headline = f"{last['configured']} configured · {last['loaded']} loaded · {last['voting']} voting"
+    expect(visit.page.locator("h1")).to_have_text(headline)
+    expect(visit.page).to_have_title(headline)
+    decision = visit.page.locator("#decision").inner_text()
+    assert decision.startswith(last["action"])
+    assert f"{last['symbol']} 1m {clock(last['ts'])}" in decision
+    assert (last["status"] in decision) or last["status"] in ("ok", "hold")
+
+
+def test_the_headlines_of_the_two_scenes_are_those_that_the_product_promises(
+    browser: Browser, demo: Scene, sabotaged: Scene
+) -> None:
+    promised = {
+        "page-demo": "4 configured · 4 loaded · 4 voting",
+        "page-sabotaged": "4 configured · 3 loaded · 2 voting",
+    }
+    for scene in (demo, sabotaged):
+        with visiting(browser, scene) as visit:
+            expect(visit.page.locator("h1")).to_have_text(promised[scene.keys.namespace])
+
+
+def test_what_is_off_is_said_with_its_reason_and_since_when(browser: Browser, demo: Scene, sabotaged: Scene) -> None:
+    with visiting(browser, demo) as visit:
+        assert visit.page.locator("#reasons li").all_inner_texts() == []
+    muted = next(one for one in sabotaged.messages(sabotaged.keys.events) if one["kind"] == "agent_muted")
+    agents = sabotaged.ask("/api/overview")["agents"]
+    refused = next(one for one in agents if one["agent"] == "xgboost")
+    with visiting(browser, sabotaged) as visit:
+        assert visit.page.locator("#reasons li").all_inner_texts() == [
+            "Below quorum: 2 voting, 3 must agree. Every signal is a HOLD.",
+            f"xgboost refused: feature_mismatch, {refused['detail']}",
+            f"patchtst muted: {muted['reason']} since {clock(muted['ts'])}",
+        ]
+
+
+def test_every_agent_has_a_card_with_its_state_and_its_last_vote(visit: Visit) -> None:
+    last = visit.scene.messages(visit.scene.keys.signals, SYMBOL)[-1]
+    for name, facts in visit.scene.ask("/api/overview")["signal"]["votes"].items():
+        card = visit.page.locator(f"#agents li[data-agent={name}]")
+        expect(card).to_have_attribute("data-state", facts["state"])
+        vote = last["votes"][name]
+        shown = card.locator(".vote").inner_text()
+        if vote["action"] == "ABSTAIN":
+            assert shown == "abstains"
+        else:
+            weight = "" if vote["state"] == "active" else " (no weight)"
+            assert shown == f"{vote['action']} {vote['confidence']:.2f}{weight}"
+
+
+def test_every_bar_signal_and_vote_of_the_symbol_is_the_one_on_the_streams(visit: Visit) -> None:
+    scene = visit.scene
+    closes = {one["ts"]: one["values"]["close"] for one in scene.messages(scene.keys.features, SYMBOL)}
+    signals = {one["ts"]: one for one in scene.messages(scene.keys.signals, SYMBOL)}
+    votes = {
+        agent: {one["ts"]: one for one in scene.messages(scene.keys.votes(agent), SYMBOL)} for agent in AGENTS
+    }  # fmt: skip
+    rows = visit.table()
+    assert [int(row[0]) for row in rows] == sorted(closes)
+    for ts, time, close, action, status, voting, quorum, *cells in rows:
+        at = int(ts)
+        assert time == clock(at)
+        assert float(close) == pytest.approx(closes[at], rel=1e-7)
+        signal = signals.get(at)
+        if signal is None:
+            assert [action, status, voting, quorum, *cells] == [""] * 8
+            continue
+        assert [action, status] == [signal["action"], signal["status"]]
+        assert [int(voting), int(quorum)] == [signal["voting"], signal["quorum"]]
+        assert cells == [spoken(votes[agent][at]) for agent in AGENTS]
+
+
+def test_a_rejected_bar_and_a_gap_are_marked_on_their_bars_and_listed_with_their_reason(visit: Visit) -> None:
+    scene = visit.scene
+    bars = sorted(one["ts"] for one in scene.messages(scene.keys.features, SYMBOL))
+    (rejected,) = visit.page.locator("#notes li[data-kind=rejected]").all_inner_texts()
+    assert clock(bars[REJECTED_AT]) in rejected
+    assert "rejected: ohlc" in rejected
+    (gap,) = visit.page.locator("#notes li[data-kind=gap]").all_inner_texts()
+    after = bars[GAP_AT - 3]
+    assert after - bars[GAP_AT - 4] == 4 * 60_000, "the market has this gap"
+    assert clock(after) in gap
+    assert "3 bars are missing" in gap
+    wait_for(lambda: visit.pixels("bad", 1) >= LEAST_PIXELS)
+    assert visit.pixels("warn", 1) >= LEAST_PIXELS
+    visit.open("SYN02")
+    wait_for(lambda: visit.pixels("bad", 1) == visit.pixels("warn", 1) == 0)
+    assert visit.page.locator("#notes li[data-kind=gap]").all() == []
+
+
+def test_the_demo_is_drawn_in_the_colours_of_its_votes_and_signals(browser: Browser, demo: Scene) -> None:
+    with visiting(browser, demo) as visit:
+        visit.page.get_by_label("250", exact=True).check()
+        votes = {vote["action"] for one in demo.messages(demo.keys.signals, SYMBOL) for vote in one["votes"].values()}
+        assert {"BUY", "SELL", "HOLD"} <= votes, "a market on which all three are seen"
+        for action in ("buy", "sell", "hold"):
+            wait_for(lambda action=action, visit=visit: visit.pixels(action, 1) >= LEAST_PIXELS)
+
+
+def test_the_sabotaged_demo_is_grey_where_it_failed_closed_and_where_an_agent_is_muted(
+    browser: Browser, demo: Scene, sabotaged: Scene
+) -> None:
+    last = [one["status"] for one in sabotaged.messages(sabotaged.keys.signals, SYMBOL)][-30:]
+    assert set(last) == {"below_quorum"}
+    with visiting(browser, sabotaged) as visit:
+        visit.page.get_by_label("60", exact=True).check()
+        wait_for(lambda: visit.pixels("grey", 0) >= LEAST_PIXELS)  # candles
+        assert visit.pixels("grey", 1) >= LEAST_PIXELS  # lanes
+        assert visit.pixels("bad", 2) >= LEAST_PIXELS  # voting under the quorum
+    with visiting(browser, demo) as visit:
+        visit.page.get_by_label("60", exact=True).check()
+        wait_for(lambda: visit.pixels("buy", 0) + visit.pixels("sell", 0) >= LEAST_PIXELS)
+        assert visit.pixels("grey", 0) == 0
+        assert visit.pixels("bad", 2) == 0
+
+
+def test_the_bar_under_the_crosshair_is_told_in_words(visit: Visit) -> None:
+    scene = visit.scene
+    last = scene.messages(scene.keys.signals, SYMBOL)[-1]
+    visit.page.locator("#chart").focus()
+    visit.page.keyboard.press("End")
+    readout = visit.page.locator("#readout")
+    expect(readout).to_contain_text(clock(last["ts"]))
+    expect(readout).to_contain_text(f"{last['voting']} voting, {last['agreeing']} agreeing, quorum {last['quorum']}")
+    for agent in AGENTS:
+        expect(readout).to_contain_text(f"{agent} {spoken(last['votes'][agent])}")
+    visit.page.keyboard.press("Home")
+    first = min(one["ts"] for one in scene.messages(scene.keys.features, SYMBOL))
+    expect(readout).to_contain_text(clock(first))
+    expect(readout).to_contain_text("no signal: warming up")
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 400), ("dark", 400)])
+def test_it_fits_and_its_pictures_are_made(
+    browser: Browser, scene: Scene, scheme: str, width: int, tmp_path: Path
+) -> None:
+    folder = Path(os.environ.get("QUARTET_TEST_PICTURES") or tmp_path)
+    with visiting(browser, scene, color_scheme=scheme) as visit:
+        visit.page.set_viewport_size({"width": width, "height": 1360})
+        wide = visit.page.evaluate("document.documentElement.scrollWidth")
+        assert wide <= width, f"{wide} pixels are needed, there are {width}"
+        visit.page.wait_for_timeout(300)  # the picture is of the chart at this width
+        name = KEPT.get((scene.keys.namespace, scheme, width), f"{scene.keys.namespace}-{scheme}-{width}.png")
+        picture = visit.page.screenshot(path=folder / name, full_page=width < 1280)
+        assert picture.startswith(b"\x89PNG")
