@@ -54,7 +54,9 @@ def redis_server(tmp_path: Path, needs: Callable[[str], str]) -> Iterator[Callab
             process = subprocess.Popen([*command, "--logfile", str(log), *options])
             stack.callback(process.wait, 10)
             stack.callback(process.terminate)
-            wait_for(lambda: process.poll() is not None or (log.exists() and "ready to accept" in log.read_text().lower()))
+            wait_for(
+                lambda: process.poll() is not None or (log.exists() and "ready to accept" in log.read_text().lower())
+            )
             assert process.poll() is None, log.read_text()
             return Server(tmp_path, process)
 
