@@ -46,8 +46,6 @@ def train(folder: Path) -> None:
 def model_file(folder: Path, version: str) -> Path:
     names = {FIRST: "models", SECOND: "next", LAZY: "lazy"}
     return folder / names[version] / f"xgboost_{version}.ubj"
-        version
-    ] / f"xgboost_{version}.ubj"
 
 
 def put(folder: Path, version: str, models: Path) -> None:
