@@ -163,6 +163,115 @@ def test_a_refused_artifact_and_a_busy_port_are_said_and_the_demo_goes_on(models
     assert "\nnhits: corrupt_artifact: " in done.stdout
 
 
+@dataclass(frozen=True)
+class Sabotaged:
+    """A sabotaged run: what it printed, and what lies on its streams, counted here."""
+
+    summary: dict[str, Any]
+    spoken: str
+    signals: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    votes: dict[str, list[dict[str, Any]]]
+    bars: list[str]
+
+
+@pytest.fixture(scope="module")
+def sabotaged(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Sabotaged:
+    home = tmp_path_factory.mktemp("sabotage")
+    before = {file.name: file.read_bytes() for file in models.iterdir()}
+    done = quartet(
+        *("demo", "--sabotage", "--json", "--symbols", 4, "--bars", 400, "--http-port", 0, "--models", models),
+        cwd=home,
+        timeout_s=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {file.name: file.read_bytes() for file in models.iterdir()} == before, "only copies are sabotaged"
+    with embedded.start(home / ".quartet" / "demo") as server, redis.Redis.from_url(server.url) as client:
+
+        def read(key: str) -> list[dict[str, Any]]:
+            return [json.loads(fields[b"data"]) for _, fields in client.xrange(key)]
+
+        bars = [f"{f[b'symbol'].decode()}|1m|{f[b'ts'].decode()}" for _, f in client.xrange("quartet:bars")]
+        votes = {agent: read(f"quartet:votes:{agent}") for agent in AGENTS}
+        return Sabotaged(
+            json.loads(done.stdout), done.stderr, read("quartet:signals"), read("quartet:events"), votes, bars
+        )
+
+
+def test_sabotage_ends_with_four_configured_three_loaded_and_two_voting(sabotaged: Sabotaged) -> None:
+    assert sabotaged.summary["headline"] == "4 configured, 3 loaded, 2 voting"
+    last = sabotaged.signals[-1]
+    assert (last["configured"], last["loaded"], last["eligible"], last["voting"]) == (4, 3, 2, 2)
+    assert (last["action"], last["status"], last["confidence"]) == ("HOLD", "below_quorum", 0)
+    states = {agent: (vote["state"], vote["reason"]) for agent, vote in last["votes"].items()}
+    assert states == {
+        "xgboost": ("muted", "action_collapse"),
+        "lightgbm": ("active", None),
+        "nhits": ("active", None),
+        "patchtst": ("refused", "feature_mismatch"),
+    }
+    assert sabotaged.summary["agents"]["xgboost"]["reason"] == "action_collapse"
+    assert sabotaged.summary["streams_and_metrics_agree"] is True
+
+
+def test_the_refused_artifact_never_votes_and_its_refusal_says_what_to_do(sabotaged: Sabotaged) -> None:
+    assert {(v["action"], v["reason"]) for v in sabotaged.votes["patchtst"]} == {("ABSTAIN", "feature_mismatch")}
+    refused = next(event for event in sabotaged.events if event["kind"] == "agent_refused")
+    assert (refused["agent"], refused["reason"]) == ("patchtst", "feature_mismatch")
+    assert re.search("expected .*v3.*, found .*rsi_21.*; train again", refused["detail"])
+
+
+def test_the_collapsed_model_votes_from_the_swap_on_and_is_muted_on_its_two_hundredth_vote(
+    sabotaged: Sabotaged,
+) -> None:
+    swap = next(event for event in sabotaged.events if (event["kind"], event["agent"]) == ("reload", "xgboost"))
+    muted = next(event for event in sabotaged.events if event["kind"] == "agent_muted")
+    votes, new = sabotaged.votes["xgboost"], swap["evidence"]["version"]
+    first = next(n for n, vote in enumerate(votes) if vote["version"] == new)
+    assert {vote["version"] for vote in votes[first:]} == {new}
+    assert votes[first]["bar_id"] == sabotaged.bars[len(sabotaged.bars) // 2], "the second half begins with the new one"
+    window = Counter(vote["action"] for vote in votes[first : first + 200])
+    assert window["BUY"] > 140
+    where = next(n for n, vote in enumerate(votes) if vote["bar_id"] == muted["bar_id"])
+    assert where == first + 199
+    assert {vote["state"] for vote in votes[:where]} == {"active"}
+    assert {(vote["state"], vote["reason"]) for vote in votes[where:]} == {("muted", "action_collapse")}
+    assert (muted["agent"], muted["reason"], muted["evidence"]["votes"]) == ("xgboost", "action_collapse", 200)
+
+
+def test_from_the_mute_on_every_signal_is_below_quorum_and_the_summary_counts_both_sides(sabotaged: Sabotaged) -> None:
+    muted = next(event["bar_id"] for event in sabotaged.events if event["kind"] == "agent_muted")
+    where = next(n for n, signal in enumerate(sabotaged.signals) if signal["bar_id"] == muted)
+    before, after = sabotaged.signals[:where], sabotaged.signals[where:]
+    assert {(s["action"], s["status"], s["voting"]) for s in after} == {("HOLD", "below_quorum", 2)}
+    assert {"ok", "hold"} < {s["status"] for s in before}, "three of four are a quorum"
+    told = sabotaged.summary["sabotage"]
+    assert told["signals_before_the_mute"] == Counter(s["status"] for s in before)
+    assert told["signals_from_the_mute_on"] == Counter(s["status"] for s in after)
+    turns = [(turn["kind"], turn["agent"], turn["bars"], turn["bar_id"]) for turn in told["turns"]]
+    assert turns == [
+        ("agent_refused", "patchtst", 0, ""),
+        ("reload", "xgboost", len(sabotaged.bars) // 2, ""),
+        ("agent_muted", "xgboost", sabotaged.bars.index(muted) + 1, muted),
+    ]
+
+
+def test_killing_the_demos_server_in_mid_run_is_one_line(models: Path, tmp_path: Path) -> None:
+    demo = begin("--symbols", 50, "--bars", 1_000, "--models", models, cwd=tmp_path)
+    state = tmp_path / ".quartet" / "demo"
+    assert demo.stdout is not None
+    try:
+        until = next((line for line in demo.stdout if "signals" in line), None)
+        assert until is not None, demo.communicate()
+        os.kill(json.loads((state / "valkey" / "server.json").read_text())["pid"], signal.SIGKILL)
+    finally:
+        _, err = demo.communicate(timeout=90)
+    assert demo.returncode == 3
+    assert err.count("\n") == 1, err
+    assert err.startswith("error: the demo's server went away: ")
+    assert "valkey.log" in err
+
+
 def test_a_worker_that_cannot_start_is_one_line_with_the_end_of_its_log(tmp_path: Path) -> None:
     models = tmp_path / "models"
     models.mkdir()
@@ -182,6 +291,7 @@ def test_a_worker_that_cannot_start_is_one_line_with_the_end_of_its_log(tmp_path
         (["--bars", "199"], "error: Invalid value for '--bars'"),
         (["--symbols", "0"], "error: Invalid value for '--symbols'"),
         (["--seed", "-1"], "error: Invalid value for '--seed'"),
+        (["--sabotage", "--symbols", "1", "--bars", "300"], "error: --sabotage with 1 symbols and 300 bars: 150 votes"),
     ],
 )
 def test_wrong_flags_are_one_line_and_exit_code_2(tmp_path: Path, flags: list[str], says: str) -> None:

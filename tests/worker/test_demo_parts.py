@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import time
 from collections import Counter
@@ -14,13 +15,16 @@ import pytest
 import redis
 from rich.console import Console
 
+from agents.discovery import candidate_of, ranks_above
 from streams.keys import Keys
 from streams.messages import Bar
 from streams.validation import Limits, check_bar
 from worker.demo import publisher, show
 from worker.demo.children import ChildFailed, child
 from worker.demo.follow import AgentView, Tally, View, entries
-from worker.demo.scene import GAP_BARS, rounds, training_bars
+from worker.demo.sabotage import newer_stem
+from worker.demo.scene import GAP_BARS, LATER_BARS, MOST_BARS, rounds, training_bars
+from worker.demo.story import Story, Turn
 
 NOW = 1_760_000_040_000
 MINUTE = 60_000
@@ -53,6 +57,37 @@ def test_every_published_bar_is_one_that_the_worker_accepts(valkey: str, namespa
     wanted = [bar for minute in islice(rounds(0, 3, 210, bars[-1].ts), 210) for bar in minute]
     assert bars == wanted, "what arrives is bit for bit what was generated"
     assert Counter(bar.symbol for bar in bars) == {"SYN01": 210, "SYN02": 210, "SYN03": 210}
+
+
+def test_the_market_goes_on_without_end_and_without_a_seam() -> None:
+    first_later = MOST_BARS + LATER_BARS
+    minutes = list(islice(rounds(0, 3, 200, NOW), first_later + LATER_BARS + 2))
+    assert [m[0].ts for m in minutes] == [NOW + (n - 199) * MINUTE for n in range(len(minutes))]
+    for seam in (first_later, first_later + LATER_BARS):
+        for before, after in zip(minutes[seam - 1], minutes[seam], strict=True):
+            assert abs(after.open / before.close - 1) < 1e-9, "it opens where the bar before closed"
+    for bar in (bar for minute in minutes[first_later:] for bar in minute):
+        check_bar(publisher.fields_of(bar), minutes[-1][0].ts + MINUTE, Limits())
+    levels = [np.median([m[0].volume for m in part]) for part in (minutes[:first_later], minutes[first_later:-2])]
+    assert 0.2 < levels[1] / levels[0] < 5
+
+
+def test_rounds_are_published_in_parts_as_they_are_in_one(valkey: str, namespace: str) -> None:
+    keys = [f"{namespace}:one", f"{namespace}:two"]
+    common = ["--symbols", "2", "--bars", "200", "--seed", "1", "--last-ts", str(NOW)]
+    publisher.main([valkey, keys[0], *common])
+    publisher.main([valkey, keys[1], *common, "--stop", "90"])
+    with redis.Redis.from_url(valkey) as client:
+        assert client.xlen(keys[1]) == 180
+        publisher.main([valkey, keys[1], *common, "--start", "90"])
+        one, two = ([fields for _, fields in client.xrange(key)] for key in keys)
+    assert one == two
+
+
+def test_bars_that_are_kept_coming_leave_a_stream_of_bounded_length(valkey: str, namespace: str) -> None:
+    with redis.Redis.from_url(valkey) as client:
+        publisher.publish(client, namespace, islice(rounds(0, 50, 200, NOW), 60), most=500)
+        assert 500 <= client.xlen(namespace) < 1_000  # trimmed by whole nodes of the stream
 
 
 @pytest.mark.parametrize("now", [NOW, NOW + 59_999])
@@ -121,6 +156,31 @@ def test_a_count_that_differs_is_named_and_shown(changed: dict, said: str, tmp_p
     console.print(show.summary(outcome))
     assert f"streams and metrics DIFFER: {said}" in console.export_text()
     assert outcome.as_json()["streams_and_metrics_agree"] is False
+
+
+def test_a_sabotage_that_nothing_caught_is_said_and_named() -> None:
+    turns = [
+        Turn("agent_refused", "patchtst", 0, "", "feature_mismatch", "d"),
+        Turn("reload", "xgboost", 9, "", "", ""),
+    ]
+    story = Story(["x: broken"], turns, {"ok": 3}, {})
+    assert story.missing == ["no agent_muted of xgboost on the events stream"]
+    assert Story(["x: broken"], [*turns, Turn("agent_muted", "xgboost", 12, "b", "r", "")], {}, {}).missing == []
+    outcome = show.Outcome(VIEW, TALLY, 1.0, "http://h", Path("m"), Path("models"), story)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(show.summary(outcome))
+    assert re.search(r"MISSING +no agent_muted of xgboost", console.export_text())
+
+
+@pytest.mark.parametrize(
+    "name", ["xgboost_v20200101_000000_v3.ubj", "xgboost_v20990101_000000_v7.pkl", "xgb_v20200101_000000.pkl"]
+)
+def test_a_sabotaged_file_is_selected_before_the_one_it_replaces(name: str) -> None:
+    old = candidate_of(Path("models") / name, "xgboost")
+    assert old is not None
+    new = candidate_of(Path("models") / f"{newer_stem(old)}.ubj", "xgboost")
+    assert new is not None
+    assert ranks_above(new, old)
 
 
 def test_a_child_that_fails_is_named_with_its_code_and_the_end_of_its_log(tmp_path: Path) -> None:

@@ -26,6 +26,9 @@ def demo(
     bars: Annotated[int, typer.Option(min=200, max=4_000, help="One-minute bars of each symbol.")] = 600,
     seed: Annotated[int, typer.Option(min=0, help="Another seed is another market, with models of its own.")] = 0,
     keep: Annotated[bool, typer.Option("--keep", help="Go on with new bars until Ctrl-C.")] = False,
+    sabotage: Annotated[
+        bool, typer.Option("--sabotage", help="With one artifact to refuse, and one model that collapses in mid-run.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the summary as JSON; all else goes to stderr.")
     ] = False,
@@ -46,6 +49,7 @@ def demo(
     from rich.console import Console
 
     from streams.keys import Keys
+    from worker.demo import sabotage as harm
     from worker.demo.play import Stage, play
     from worker.demo.scene import Scene
     from worker.errors import CheckFailed, UsageError
@@ -60,7 +64,9 @@ def demo(
     _end_as_after_ctrl_c()
     console = Console(stderr=as_json, width=None if (sys.stderr if as_json else sys.stdout).isatty() else PIPED_WIDTH)
     directory = settings.state_dir / "demo"
-    scene = Scene(directory, models or directory / "models" / f"seed-{seed}", symbols, bars, seed, keep)
+    scene = Scene(directory, models or directory / "models" / f"seed-{seed}", symbols, bars, seed, keep, sabotage)
+    if sabotage:
+        harm.check(scene)
     stage = Stage(scene, Keys(settings.namespace), console)
 
     def tell(outcome: Outcome) -> None:
@@ -71,6 +77,8 @@ def demo(
     outcome = play(stage, settings.http_port, after=tell)
     if outcome.differences:
         raise CheckFailed("streams and metrics differ: " + "; ".join(outcome.differences))
+    if outcome.story is not None and outcome.story.missing:
+        raise CheckFailed("the sabotage went unseen: " + "; ".join(outcome.story.missing))
 
 
 def _tell(stage: Stage, outcome: Outcome, *, as_json: bool, svg: Path | None) -> None:

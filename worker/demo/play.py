@@ -9,7 +9,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -24,10 +24,13 @@ from streams import embedded
 from streams.keys import Keys
 from streams.messages import AGENTS
 from worker.demo import show
-from worker.demo.children import Child, child, tail
-from worker.demo.follow import Observer, View, tally, wait_until
+from worker.demo.children import Child, ChildFailed, child, tail
+from worker.demo.follow import Observer, View, entries, tally, wait_until
+from worker.demo.publisher import KEPT_ENTRIES, last_shown_ts
+from worker.demo.sabotage import COLLAPSING, Sabotage, prepare
 from worker.demo.scene import Scene
-from worker.errors import Unavailable
+from worker.demo.story import tell
+from worker.errors import CheckFailed, Unavailable
 
 START_LIMIT_S = 120.0
 """Imports, compiled kernels and four models, on a machine that has other work."""
@@ -35,6 +38,9 @@ IDLE_S = 120
 """A worker whose demonstration was killed ends by itself after that long."""
 STALL_S = 60.0
 """No bar answered for so long means that something is broken, and waiting on would hide it."""
+SWAP_LIMIT_S = 60.0
+SABOTAGE_WATCH_S = 0.5
+"""How often the worker of a sabotaged run looks at its models folder: a demonstration does not like to wait."""
 REFRESH_S = 0.2
 LINE_EVERY_S = 3.0
 
@@ -59,18 +65,46 @@ def play(stage: Stage, port: int, *, after: Callable[[show.Outcome], None]) -> s
     scene.directory.mkdir(parents=True, exist_ok=True)
     with _alone(scene.directory):
         train_missing(stage)
+        harm = _sabotage(stage) if scene.sabotage else None
         with fresh_server(scene.directory) as server, _worker(stage, port) as (worker, url):
-            with redis.Redis.from_url(server.url) as client, _server_may_stop(scene.directory):
-                observer = Observer(client, stage.keys, url, scene.symbols)
-                with _feed(stage, server.url) as feed:
-                    outcome = _follow(stage, observer, (worker, feed))
-                    after(outcome)
-                    if scene.keep:
-                        _keep(stage, observer, (worker, feed))
+            scene = replace(scene, last_ts=last_shown_ts(time.time_ns() // 1_000_000, keep=scene.keep))
+            with _server_may_stop(scene.directory), redis.Redis.from_url(server.url) as client:
+                running = Running(stage, Observer(client, stage.keys, url, scene.symbols), worker, server.url)
+                outcome = _show(running, scene, harm)
+                after(outcome)
+                if scene.keep:
+                    _keep(running, scene)
             code = worker.stop()
             if code != 0:
                 worker.check()
     return outcome
+
+
+@dataclass(frozen=True)
+class Running:
+    """A demonstration whose server and worker run."""
+
+    stage: Stage
+    observer: Observer
+    worker: Child
+    server: str
+
+
+def _show(running: Running, scene: Scene, harm: Sabotage | None) -> show.Outcome:
+    """All bars that are published at once, and with sabotage what happens in mid-run."""
+    stage = running.stage
+    if harm is not None:
+        with _feed(running, scene, "--stop", scene.half) as feed:
+            _follow(running, feed, scene.symbols * scene.half)
+        _swap(running, harm)
+    with _feed(running, scene, "--start", scene.half if harm else 0) as feed:
+        seconds = _follow(running, feed, scene.bars_in)
+    metrics = scene.directory / "metrics.txt"
+    counted = tally(running.observer.client, stage.keys)
+    story = tell(running.observer.client, stage.keys, harm.in_words) if harm is not None else None
+    view = running.observer.look()
+    metrics.write_text(view.scrape)
+    return show.Outcome(view, counted, seconds, running.observer.url, metrics, scene.served, story)
 
 
 # ---------------------------------------------------------------------- models
@@ -111,6 +145,36 @@ def _steps(trainer: Child) -> Iterator[tuple[str, int, int]]:
         yield agent, int(done), int(total)
     trainer.process.wait()
     trainer.check(may_end=True)
+
+
+# ---------------------------------------------------------------------- sabotage
+
+
+def _sabotage(stage: Stage) -> Sabotage:
+    """Copy the models and prepare what will go wrong."""
+    with stage.console.status("Sabotage: copying the models, breaking one, retraining another badly"):
+        harm = prepare(stage.scene)
+    stage.say(f"Sabotage, in copies in {harm.folder}:")
+    for line in harm.in_words:
+        stage.say(f"  {line}")
+    return harm
+
+
+def _swap(running: Running, harm: Sabotage) -> None:
+    """Put the retrained model into the folder and wait until the running worker has it."""
+    harm.drop()
+    running.stage.say(f"Half of the bars are answered: {harm.collapsing} is put into the folder.")
+
+    def swapped() -> bool:
+        running.worker.check()
+        told = [e for e in entries(running.observer.client, running.stage.keys.events) if e["agent"] == COLLAPSING]
+        refusal = next((event for event in told if event["kind"] == "reload_refused"), None)
+        if refusal is not None:
+            raise CheckFailed(f"the worker refused {harm.collapsing}: {refusal['reason']}: {refusal['detail']}")
+        return any(event["kind"] == "reload" for event in told)
+
+    what = f"the running worker did not take up {harm.collapsing}; see {running.worker.log}: no reload of it"
+    wait_until(swapped, SWAP_LIMIT_S, what)
 
 
 # ---------------------------------------------------------------------- server and worker
@@ -156,9 +220,9 @@ def _worker(stage: Stage, port: int) -> Iterator[tuple[Child, str]]:
     """A `quartet run` on the demonstration's server, loaded and waiting for bars, and its URL."""
     scene = stage.scene
     settings = scene.directory / "worker.toml"
-    settings.write_text("# The demo's worker runs on the defaults, whatever ./quartet.toml says.\n")
+    settings.write_text(_settings(scene))
     arguments = ["worker", "run", "--redis", "embedded", "--namespace", stage.keys.namespace]
-    arguments += ["--state-dir", str(scene.directory), "--models", str(scene.models), "--config", str(settings)]
+    arguments += ["--state-dir", str(scene.directory), "--models", str(scene.served), "--config", str(settings)]
     arguments += ["--http-port", str(_free_or_any(stage, port)), "--until-idle", str(IDLE_S)]
     with child("worker", arguments, scene.directory / "worker.log") as worker:
         with stage.console.status("Starting the worker: imports, models, probes"):
@@ -166,6 +230,14 @@ def _worker(stage: Stage, port: int) -> Iterator[tuple[Child, str]]:
         line = _logged(worker, "metrics and health") or {}
         stage.say(f"Worker: `quartet run`, process {worker.process.pid}; {line['url']}/metrics, log in {worker.log}.")
         yield worker, line["url"]
+
+
+def _settings(scene: Scene) -> str:
+    """The worker's settings file: whatever ./quartet.toml says does not count."""
+    lines = ["# The demo's worker runs on the defaults, but for what this file says."]
+    lines += [f"watch_s = {SABOTAGE_WATCH_S}"] if scene.sabotage else []
+    lines += [f"retain = {KEPT_ENTRIES}"] if scene.keep else []
+    return "\n".join(lines) + "\n"
 
 
 def _free_or_any(stage: Stage, port: int) -> int:
@@ -191,60 +263,60 @@ def _logged(worker: Child, event: str) -> dict[str, str] | None:
     return None
 
 
-def _feed(stage: Stage, url: str) -> contextlib.AbstractContextManager[Child]:
-    scene = stage.scene
-    arguments = ["worker.demo.publisher", url, stage.keys.bars, "--symbols", str(scene.symbols)]
-    arguments += ["--bars", str(scene.bars), "--seed", str(scene.seed), *(["--keep"] if scene.keep else [])]
-    return child("feed", arguments, scene.directory / "feed.log")
+def _feed(running: Running, scene: Scene, *which: str | int) -> contextlib.AbstractContextManager[Child]:
+    """Publish the rounds that the flags `which` name."""
+    arguments = ["worker.demo.publisher", running.server, running.stage.keys.bars, "--symbols", scene.symbols]
+    arguments += ["--bars", scene.bars, "--seed", scene.seed, "--last-ts", scene.last_ts, *which]
+    return child("feed", [str(one) for one in arguments], scene.directory / "feed.log")
 
 
 # ---------------------------------------------------------------------- following
 
 
-def _follow(stage: Stage, observer: Observer, children: tuple[Child, Child]) -> show.Outcome:
-    """Watch until every bar that was published at once has been answered, then count."""
-    scene, total, seconds = stage.scene, stage.scene.bars_in, 0.0
+def _follow(running: Running, feed: Child, until: int) -> float:
+    """Watch until `until` bars have been answered; the seconds since the first one was published."""
+    observer, total, seconds = running.observer, running.stage.scene.bars_in, 0.0
     seen, moved = 0, time.monotonic()
-    with _screen(stage) as screen:
+    with _screen(running.stage) as screen:
         while True:
-            _alive(children, keep=scene.keep)
+            _alive(running, feed, may_end=True)
             view = observer.look()
             if view.lengths["bars"]:
                 seconds = time.time() - observer.first_bar_ms() / 1000
             screen(view, total, seconds)
-            if view.consumed >= total:
-                break
+            if view.consumed >= until:
+                return seconds
             if view.consumed > seen:
                 seen, moved = view.consumed, time.monotonic()
             if time.monotonic() - moved > STALL_S:
+                log = running.worker.log
                 raise Unavailable(
                     f"the worker has answered no bar for {STALL_S:.0f} s, {seen:,} of {total:,} so far; "
-                    f"{children[0].log} ends: {tail(children[0].log)}"
+                    f"{log} ends: {tail(log)}"
                 )
             time.sleep(REFRESH_S)
-    metrics = scene.directory / "metrics.txt"
-    counted = tally(observer.client, stage.keys)
-    view = observer.look()
-    metrics.write_text(view.scrape)
-    return show.Outcome(view, counted, seconds, observer.url, metrics, scene.models, scene.keep)
 
 
-def _keep(stage: Stage, observer: Observer, children: tuple[Child, Child]) -> None:
-    """Go on until Ctrl-C."""
-    started = time.monotonic()
-    with _screen(stage, every_s=60.0) as screen:
+def _keep(running: Running, scene: Scene) -> None:
+    """Go on with new bars after those of `scene` until Ctrl-C."""
+    stage, started = running.stage, time.monotonic()
+    with _feed(running, scene, "--keep") as feed, _screen(stage, every_s=60.0) as screen:
         while True:
-            _alive(children, keep=True)
-            view = observer.look()
-            screen(view, view.lengths["bars"], time.monotonic() - started)
+            _alive(running, feed, may_end=False)
+            view = running.observer.look()
+            screen(view, view.consumed, time.monotonic() - started)
             (stage.scene.directory / "metrics.txt").write_text(view.scrape)
             time.sleep(1.0)
 
 
-def _alive(children: tuple[Child, Child], *, keep: bool) -> None:
-    worker, feed = children
-    worker.check()
-    feed.check(may_end=not keep)
+def _alive(running: Running, feed: Child, *, may_end: bool) -> None:
+    """Raises where a process ended that should not have; that the server is gone comes first."""
+    running.worker.check()
+    try:
+        feed.check(may_end=may_end)
+    except ChildFailed:
+        running.observer.client.ping()
+        raise
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rich.text import Text
 
 from streams.messages import Action, Status
 from worker.demo.follow import Tally, View
+from worker.demo.story import Story
 from worker.training.market import NOTE
 
 PICTURE_WIDTH = 92
@@ -32,7 +34,7 @@ class Outcome:
     metrics_url: str
     metrics_file: Path
     models: Path
-    keep: bool = False
+    story: Story | None = None
 
     @property
     def rate(self) -> float:
@@ -86,6 +88,7 @@ class Outcome:
             "differences": self.differences,
             "metrics": {"url": self.metrics_url, "file": str(self.metrics_file)},
             "models": str(self.models),
+            **({} if self.story is None else {"sabotage": self.story.as_json()}),
         }
 
 
@@ -171,11 +174,43 @@ def summary(outcome: Outcome) -> Group:
     facts.add_row("bars in", f"{outcome.tally.bars:,} ({bars})")
     facts.add_row("signals out", f"{sum(outcome.tally.signals.values()):,}: {actions}")
     facts.add_row("by status", statuses)
-    facts.add_row("rate", f"{outcome.rate:,.0f} bars a second, {outcome.seconds:.1f} s from first bar to last signal")
+    if outcome.story is None:
+        facts.add_row(
+            "rate", f"{outcome.rate:,.0f} bars a second, {outcome.seconds:.1f} s from first bar to last signal"
+        )
+    else:
+        _add_story(facts, outcome.story)
     facts.add_row("check", _check(outcome))
     facts.add_row("metrics", f"{outcome.metrics_url}/metrics while it runs; last scrape in {outcome.metrics_file}")
     facts.add_row("market", NOTE)
     return Group(Text(outcome.view.headline, style="bold"), "", agents_part(outcome.view), "", facts)
+
+
+_NAMES = {
+    "agent_refused": "refused",
+    "reload": "swapped in",
+    "agent_muted": "muted",
+    "agent_readmitted": "back",
+    "agent_locked": "locked",
+}
+
+
+def _add_story(facts: Table, story: Story) -> None:
+    """What was sabotaged, what became of it, and the signals before and after."""
+    for place, text in enumerate(story.sabotaged):
+        facts.add_row("" if place else "sabotage", text)
+    for turn in story.turns:
+        facts.add_row(_NAMES.get(turn.kind, turn.kind), turn.in_words)
+    facts.add_row("before", _counted(story.before))
+    facts.add_row("after", _counted(story.after))
+    for text in story.missing:
+        facts.add_row("MISSING", Text(text, style="red"))
+
+
+def _counted(statuses: Mapping[str, int]) -> str:
+    """Signals by status, in the contract's order."""
+    found = [f"{status} {statuses[status]:,}" for status in Status if statuses.get(status)]
+    return f"{sum(statuses.values()):,} signals: {', '.join(found)}" if found else "no signal"
 
 
 def _check(outcome: Outcome) -> Text:
