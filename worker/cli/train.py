@@ -45,6 +45,7 @@ def train(
             progress=progress,
             warmup_bars=settings.warmup_bars["v3"],
             max_gap_bars=settings.max_gap_bars,
+            quality=settings.quality,
         )
     _print_json(trained) if as_json else _print_table(trained)
     for one in trained:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from agents.agent import Outputs
 from agents.heads import head_for
 from streams.messages import Action
+from worker.qsc import Safeguard, criteria_of
 from worker.quality import QualityLimits
 
 
@@ -79,3 +80,28 @@ def safeguard_warnings(figures: Figures, limits: QualityLimits | None = None) ->
         ),
     ]
     return [text for hit, text in found if hit]
+
+
+def muting_warning(
+    agent: str,
+    outputs: Outputs,
+    ts: NDArray[np.int64],
+    levels: tuple[float, float],
+    limits: QualityLimits | None = None,
+) -> list[str]:
+    """Where the running safeguard would mute raw `outputs` `[B, K]` of bars at `ts` `[B]`, given in the order of time.
+
+    `levels` are threshold and residual deviation. One clause, or none; a stretch of 500 votes may be
+    degenerate where the whole is not.
+    """
+    order = np.argsort(ts, kind="stable")
+    actions, confidence = head_for(outputs.shape[1], *levels).decide(outputs[order])
+    voted = np.where(actions == Action.ABSTAIN, -1, actions).astype(np.int64)
+    seen = Safeguard({agent: limits or QualityLimits()}).observe(
+        agent, voted, confidence, outputs[order], np.arange(len(ts)), ts[order]
+    )
+    muting = np.flatnonzero(seen.found)
+    if not len(muting):
+        return []
+    reasons = ", ".join(criteria_of(int(seen.found[muting[0]])))
+    return [f"vote {muting[0] + 1} of {len(ts)} in the order of time shows {reasons} over the last 500"]

@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import version
@@ -26,10 +26,11 @@ from agents.agent import Built, Family, Outputs
 from agents.artifacts import discover
 from streams.messages import AGENTS
 from worker.errors import UsageError
+from worker.quality import QualityLimits
 from worker.training import networks, trees
 from worker.training.bars import Bars
 from worker.training.dataset import HORIZON, WINDOW, Parts, Samples, make_samples, split
-from worker.training.figures import Figures, measure, safeguard_warnings
+from worker.training.figures import Figures, measure, muting_warning, safeguard_warnings
 from worker.training.writing import SUFFIXES, Artifact, free_stem, prepare_folder, publish
 
 HOLD_SHARE = 0.45
@@ -67,10 +68,8 @@ class Trained:
     seconds: float
     cpu_seconds: float
 
-    @property
-    def warnings(self) -> list[str]:
-        """Why the running worker would mute votes like those on validation."""
-        return safeguard_warnings(self.validation)
+    warnings: list[str] = field(default_factory=list)
+    """Why the running worker would mute votes like those on validation."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,13 @@ def train_agents(
     warmup_bars: int | None = None,
     max_gap_bars: int = 100,
     now: datetime | None = None,
+    quality: Mapping[str, QualityLimits] | None = None,
 ) -> list[Trained]:
     """Train `agents` on `bars` and write their artifacts into `models`, each loaded back.
 
-    `now` stamps the names (the clock's UTC unless given). Raises `UsageError` for an unknown agent, too
-    little data or an unusable folder, `CheckFailed` where an artifact does not load.
+    `now` stamps the names (the clock's UTC unless given); `quality` are the limits that warnings go by.
+    Raises `UsageError` for an unknown agent, too little data or an unusable folder, `CheckFailed` where
+    an artifact does not load.
     """
     chosen = choose(agents)
     folder = prepare_folder(models)
@@ -105,7 +106,10 @@ def train_agents(
     scaled = fit_scaler(samples, split(samples, windowed=False).training)
     stamp = now or datetime.now(UTC)
     with one_torch_thread():
-        return [_train_one(agent, scaled, parts[agent], folder, stamp, seed, progress) for agent in chosen]
+        return [
+            _train_one(agent, scaled, parts[agent], folder, stamp, seed, progress, (quality or {}).get(agent))
+            for agent in chosen
+        ]
 
 
 def ensure_models(models: Path, bars: Bars, seed: int = 0, progress: Progress = silent) -> list[Trained]:
@@ -144,7 +148,14 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def _train_one(
-    agent: str, scaled: Scaled, parts: Parts, folder: Path, stamp: datetime, seed: int, progress: Progress
+    agent: str,
+    scaled: Scaled,
+    parts: Parts,
+    folder: Path,
+    stamp: datetime,
+    seed: int,
+    progress: Progress,
+    limits: QualityLimits | None,
 ) -> Trained:
     started, cpu_started = time.perf_counter(), time.process_time()
     samples = scaled.samples
@@ -187,6 +198,12 @@ def _train_one(
         test=test,
         seconds=time.perf_counter() - started,
         cpu_seconds=time.process_time() - cpu_started,
+        warnings=[
+            *safeguard_warnings(validation, limits),
+            *muting_warning(
+                *(agent, forecast["validation"], samples.ts[parts.validation], (threshold, residual_std), limits)
+            ),
+        ],
     )
 
 

@@ -15,9 +15,10 @@ from streams.contracts import V3
 from streams.messages import AGENTS, Action
 from worker.errors import CheckFailed, UsageError
 from worker.features.bank import FeatureBank
+from worker.quality import QualityLimits
 from worker.training.bars import Bars
 from worker.training.dataset import make_samples, split
-from worker.training.figures import Figures, measure, r_squared, safeguard_warnings
+from worker.training.figures import Figures, measure, muting_warning, r_squared, safeguard_warnings
 from worker.training.market import generate
 from worker.training.train import ensure_models, fit_scaler, train_agents
 from worker.training.writing import Artifact, free_stem, publish
@@ -243,6 +244,22 @@ def test_votes_that_would_be_muted_are_warned_of_and_votes_at_the_limit_are_not(
     assert safeguard_warnings(Figures(**fields, **limit)) == []
     (warning,) = safeguard_warnings(Figures(**fields, **(limit | change)))
     assert text in warning
+
+
+def test_a_degenerate_stretch_is_warned_of_though_the_whole_is_healthy():
+    """300 votes of every kind, 400 BUY, 600 of every kind, in another order in memory."""
+    rng = np.random.default_rng(4)
+    forecast = rng.permuted(np.tile([-0.02, 0.001, 0.02], 300)) + rng.uniform(-0.0005, 0.0005, 900)
+    forecast = np.concatenate([forecast[:300], 0.02 + 0.01 * rng.random(400), forecast[300:]])
+    ts, mixed = np.arange(len(forecast)), rng.permutation(len(forecast))
+    levels = (0.01, 0.02)
+    assert safeguard_warnings(measure(forecast[:, None], rng.normal(size=len(forecast)), *levels)) == []
+    (warning,) = muting_warning("nhits", forecast[mixed][:, None], ts[mixed], levels)
+    first = next(
+        i + 1 for i in range(200, len(forecast)) if np.mean(forecast[max(0, i + 1 - 500) : i + 1] > 0.01) > 0.7
+    )
+    assert warning == f"vote {first} of {len(forecast)} in the order of time shows action_collapse over the last 500"
+    assert muting_warning("nhits", forecast[:, None], ts, levels, QualityLimits(action_share=0.95)) == []
 
 
 def test_a_column_that_is_constant_in_training_keeps_its_unit():
