@@ -161,15 +161,17 @@ def test_a_count_that_differs_is_named_and_shown(changed: dict, said: str, tmp_p
 def test_a_sabotage_that_nothing_caught_is_said_and_named() -> None:
     turns = [
         Turn("agent_refused", "patchtst", 0, "", "feature_mismatch", "d"),
-        Turn("reload", "xgboost", 9, "", "", ""),
+        Turn("reload", "xgboost", 9, "", "", "", {"version": "v2", "replaces": {"version": "v1"}}),
     ]
     story = Story(["x: broken"], turns, {"ok": 3}, {})
     assert story.missing == ["no agent_muted of xgboost on the events stream"]
-    assert Story(["x: broken"], [*turns, Turn("agent_muted", "xgboost", 12, "b", "r", "")], {}, {}).missing == []
+    assert Story(["x: broken"], [*turns, Turn("agent_muted", "xgboost", 12, "b", "operator", "")], {}, {}).missing == []
     outcome = show.Outcome(VIEW, TALLY, 1.0, "http://h", Path("m"), Path("models"), story)
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(show.summary(outcome))
-    assert re.search(r"MISSING +no agent_muted of xgboost", console.export_text())
+    text = console.export_text()
+    assert re.search(r"swapped in +xgboost after bar 9: v2 replaces v1", text)
+    assert re.search(r"MISSING +no agent_muted of xgboost", text)
 
 
 @pytest.mark.parametrize(
