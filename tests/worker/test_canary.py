@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import hashlib
+from pathlib import Path
 
+import numpy as np
+import pytest
+import xgboost
+
+from streams.contracts import V6
 from tests.worker.orders import FIRST, KEYS, LAZY, SECOND, market, trial
 from worker.control import Order
 
@@ -226,3 +232,41 @@ def test_a_canary_whose_file_is_gone_is_rolled_back_at_the_next_start(desk, vers
     assert (event["agent"], event["reason"]) == ("xgboost_canary", "no_artifact")
     assert one.votes("xgboost_canary") == []
     assert one.worker.pipeline.records["xgboost"].trial is None
+
+
+def wide(folder: Path) -> Order:
+    """A canary over the 49 features of v6 without metadata: under a threshold of 1000 % it always says HOLD."""
+    rng = np.random.default_rng(3)
+    x, y = rng.standard_normal((200, len(V6))), rng.standard_normal(200)
+    data = xgboost.DMatrix(x, y, feature_names=list(V6.features))
+    booster = xgboost.train({"max_depth": 2, "base_score": 0.0, "nthread": 1}, data, 5)
+    file = folder / "xgboost_v20260401_000000_v6.ubj"
+    file.write_bytes(bytes(booster.save_raw("ubj")))
+    return Order("canary", "xgboost", str(file), hashlib.sha256(file.read_bytes()).hexdigest(), "a test")
+
+
+def test_the_features_of_a_canary_come_and_go_with_it(desk, tmp_path):
+    """v6 is among the values from the order to the bar of the rollback, whatever shares its batch."""
+    bars, found = market(2, 400), []
+    for batch_size in (7, 256):
+        one = desk(
+            batch_size=batch_size,
+            allow_unscaled=("xgboost",),
+            threshold={"xgboost": 10.0},
+            warmup_bars={"v3": 30, "v6": V6.longest_window},
+        )
+        one.feed(bars[:HEAD])
+        assert [e["kind"] for e in one.order(wide(tmp_path))] == ["canary_started"]
+        one.feed(bars[HEAD:])
+        assert len(one.events("rolled_back")) == 1
+        found.append(one)
+    small, large = found
+    assert large.outputs() == small.outputs()
+    features = large.read(KEYS.features)
+    last = next(i for i, f in enumerate(features) if f["bar_id"] == large.events("rolled_back")[0]["bar_id"])
+    widths = [(len(f["values"]), sorted(f["contracts"])) for f in features]
+    assert widths[:HEAD] == [(23, ["v3"])] * HEAD
+    assert {tuple(sets) for _, sets in widths[HEAD : last + 1]} == {("v3", "v6")}
+    assert widths[last + 1 :] == [(23, ["v3"])] * (len(bars) - last - 1)
+    answered = [vote for vote in large.votes("xgboost_canary") if vote["outputs"]]
+    assert len(answered) == 200
