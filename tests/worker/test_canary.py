@@ -10,7 +10,8 @@ import pytest
 import xgboost
 
 from streams.contracts import V6
-from tests.worker.orders import FIRST, KEYS, LAZY, SECOND, market, trial
+from tests.agents import builders
+from tests.worker.orders import AGENTS, FIRST, KEYS, LAZY, SECOND, market, trial
 from worker.control import Order
 
 BARS = market(2, 330)
@@ -270,3 +271,36 @@ def test_the_features_of_a_canary_come_and_go_with_it(desk, tmp_path):
     assert widths[last + 1 :] == [(23, ["v3"])] * (len(bars) - last - 1)
     answered = [vote for vote in large.votes("xgboost_canary") if vote["outputs"]]
     assert len(answered) == 200
+
+
+def sequence(folder: Path) -> Order:
+    """A small N-HiTS over 64 bars of v6, as a canary of an agent that has no model of its own."""
+    file = folder / "nhits_v20260401_000000_v6.pth"
+    file.write_bytes(builders.saved(builders.hidden_nhits_state(hidden=(16, 8), outputs=3)))
+    return Order("canary", "nhits", str(file), hashlib.sha256(file.read_bytes()).hexdigest(), "a test")
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_the_windows_of_a_canary_are_not_taken_up_again_by_the_next(desk, tmp_path, restart):
+    """They go with it from what is stored too: the next one waits for 64 vectors of its own, restarted or not."""
+    bars = market(1, 330)
+    one = desk(agents=(*AGENTS, "nhits"), allow_unscaled=("nhits",), warmup_bars={"v3": 30, "v6": V6.longest_window})
+    one.feed(bars[:40])
+    assert [e["kind"] for e in one.order(sequence(tmp_path))] == ["canary_started"]
+    one.feed(bars[40:160])
+    answered = [vote["outputs"] is not None for vote in one.votes("nhits_canary")]
+    assert one.store.state["windows:v6"]
+    assert True in answered
+    assert [e["kind"] for e in one.order("rollback", "nhits")] == ["rolled_back"]
+    assert "windows:v6" not in one.store.state
+    one.feed(bars[160:170])
+    assert [e["kind"] for e in one.order(sequence(tmp_path))] == ["canary_started"]
+    if restart:
+        one.feed(bars[170:230])
+        one.restart()
+        one.feed(bars[230:])
+    else:
+        one.feed(bars[170:])
+    again = [vote["outputs"] is not None for vote in one.votes("nhits_canary")[len(answered) :]]
+    assert again.index(True) == answered.index(True)
+    assert one.votes("nhits_canary")[len(answered)]["reason"] == "insufficient_history"
