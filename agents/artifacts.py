@@ -39,6 +39,7 @@ __all__ = [
 _FAMILIES = MappingProxyType(
     {"xgboost": "agents.xgb", "lightgbm": "agents.lgbm", "nhits": "agents.nhits", "patchtst": "agents.patchtst"}
 )
+_DIMENSIONS = frozenset(("blocks", "hidden", "layers", "heads", "d_model", "patch", "stride", "trees", "leaves"))
 _SEQUENCE = frozenset({"nhits", "patchtst"})
 
 
@@ -145,6 +146,7 @@ def _load(candidate: Candidate, options: LoadOptions, facts: dict[str, Any]) -> 
 
     # Scaler, contract.
     scaler, scaler_note = sidecars.fitting_scaler(candidate, found, match, options)
+    facts["scaler"] = "none" if scaler is None or found is None else found.file.name
     facts["contract"], contract_note = matching.check_contract(metadata, match.feature_set)
 
     # Golden vectors, probe.
@@ -255,6 +257,7 @@ def _facts_of(built: Built) -> dict[str, Any]:
         "input_shape": shape,
         "outputs": built.outputs,
         "parameters": built.parameters,
+        "dimensions": {name: value for name, value in built.facts.items() if name in _DIMENSIONS},
     }
     return found if built.features is None else {**found, "features": built.features}
 

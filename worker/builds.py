@@ -17,7 +17,7 @@ from worker.settings import Settings
 _LIBRARIES = ("quartet-worker", "numpy", "numba", "torch", "xgboost", "xgboost-cpu", "lightgbm")
 _WITHOUT_EFFECT = (
     *("redis", "namespace", "models", "state_dir", "http_host", "http_port", "log_level"),
-    *("batch_size", "lease_s", "retain"),
+    *("batch_size", "lease_s", "retain", "watch_s"),
 )
 """Settings that change neither a value nor a decision; every other one does, or may."""
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
 import threading
 from pathlib import Path
 
+from streams.contracts import V3
 from tests.worker.orders import FIRST, LAZY, SECOND, market, put
-from worker.reload import Watcher
+from worker.assembly import load_agents, load_options
+from worker.logs import make_logger
+from worker.reload import Shelf, Watcher
 from worker.roster import Record
+from worker.settings import Settings
 
 BARS = market(2, 200)
 
@@ -239,3 +245,25 @@ def test_the_shelf_keeps_only_what_the_state_names(desk, versions, models):
     one.order("reload", "xgboost")
     held = {Path(x.model.file).name for x in one.worker.steering.shelf._held.values()}
     assert held == {f"xgboost_{SECOND}.ubj", f"xgboost_{LAZY}.ubj"} | {f"lightgbm_{FIRST}.txt"}
+
+
+def test_the_start_says_what_it_knows_of_each_agent(models, tmp_path):
+    """One line an agent, from the file itself: generation, dimensions, parameters, scaler, contract, probe."""
+    log = io.StringIO()
+    given = Settings(models=models, agents=("xgboost", "lightgbm", "nhits"), quorum=2)
+    load_agents(given, {}, Shelf(models, load_options(given)), make_logger(stream=log, as_json=True))
+    lines = [json.loads(line) for line in log.getvalue().splitlines()]
+    assert [(line["event"], line["agent"]) for line in lines] == [
+        ("agent loaded", "xgboost"),
+        ("agent loaded", "lightgbm"),
+        ("agent refused", "nhits"),
+    ]
+    first = lines[0]
+    assert (first["file"], first["generation"], first["architecture"]) == (
+        f"xgboost_{FIRST}.ubj", 3, "xgboost-regressor"
+    )  # fmt: skip
+    assert (first["input_shape"], first["outputs"], first["scaler"]) == ([23], 1, f"xgboost_{FIRST}_scaler.json")
+    assert (first["contract"], first["probe"]) == (V3.contract[:12], "passed")
+    assert first["parameters"] > 0
+    assert lines[1]["trees"] > 0
+    assert lines[2]["reason"] == "no_artifact"
