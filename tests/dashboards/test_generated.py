@@ -18,9 +18,10 @@ from ruamel.yaml import YAML
 
 from dashboards.__main__ import HERE, files
 from dashboards.runbook import FILE, sections
-from streams.messages import AgentState, Reason, Status
+from streams.messages import AgentState, Event, Reason, Status
 from tests.helpers import ROOT
 from worker.metrics import Metrics
+from worker.sensors import Sensors
 
 GRAFANA = HERE / "grafana"
 NAMES = sorted(path.name for path in GRAFANA.glob("*.json"))
@@ -204,6 +205,23 @@ def test_every_metric_of_the_worker_is_shown_somewhere() -> None:
 def rules() -> list[dict[str, Any]]:
     document = YAML(typ="safe").load(HERE / "prometheus" / "rules.yml")
     return [rule for group in document["groups"] for rule in group["rules"]]
+
+
+def test_a_rollback_by_the_safeguard_and_one_by_an_operator_are_counted_apart() -> None:
+    """Only the first is a ticket."""
+    registry = CollectorRegistry()
+    sensors = Sensors(Metrics(registry))
+    sensors.events(
+        [
+            Event("rolled_back", agent="nhits_canary", reason="action_collapse"),
+            Event("rolled_back", agent="nhits_canary", reason="operator"),
+            Event("rolled_back", agent="nhits", reason="operator"),
+            Event("agent_muted", agent="nhits", reason="action_collapse"),
+        ]
+    )
+    name = "quartet_agent_rollbacks_total"
+    counted = {by: registry.get_sample_value(name, {"agent": "nhits", "by": by}) for by in ("safeguard", "operator")}
+    assert counted == {"safeguard": 1.0, "operator": 2.0}
 
 
 def test_promtool_accepts_the_rules_and_each_fires_and_is_silent(needs: Callable[[str], str]) -> None:

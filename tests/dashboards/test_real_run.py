@@ -209,6 +209,13 @@ def test_annotations_are_valid_and_those_of_what_happened_have_data(seen: Seen) 
     assert found["Rolled back"] == []
 
 
+def test_the_state_timeline_shows_the_state(seen: Seen) -> None:
+    panel = next(panel for panel in panels("signal.json") if panel["title"] == "State of each agent")
+    texts = {code: value["text"] for code, value in panel["fieldConfig"]["defaults"]["mappings"][0]["options"].items()}
+    found = {s["metric"]["agent"]: texts[s["value"][1]] for s in seen.at_end(panel["targets"][0]["expr"])}
+    assert found == {"xgboost": "muted", "lightgbm": "active", "nhits": "refused"}
+
+
 def test_the_variables_find_the_agents(seen: Seen) -> None:
     variable = next(v for v in board("agents.json")["templating"]["list"] if v["name"] == "agent")
     metric, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]).groups()

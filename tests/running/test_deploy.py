@@ -119,6 +119,22 @@ def test_commands_in_the_compose_file_are_commands_of_the_program() -> None:
             assert service["command"][0] in names
 
 
+def test_every_setting_is_in_the_page_on_operations() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text().partition("## Settings")[2].partition("\n## ")[0]
+    assert set(Settings.model_fields) - set(re.findall(r"`([a-z_]+)`", text)) == set()
+
+
+def test_the_pages_name_commands_users_and_files_that_exist() -> None:
+    from worker.cli.app import _COMMANDS
+
+    text = "".join((ROOT / "docs" / name).read_text() for name in ("operations.md", "runbook.md"))
+    assert set(re.findall(r"quartet ([a-z]+)\b(?=[ `\n])", text)) - {name for name, *_ in _COMMANDS} == set()
+    for path in re.findall(r"\b((?:deploy|dashboards)/[\w./-]+\w)", text):
+        assert (ROOT / path).exists(), path
+    users = {line.split()[1] for line in (ROOT / "deploy" / "redis" / "users.acl").read_text().splitlines()}
+    assert users - {"default"} == set(re.findall(r"^\| `(\w+)` \| (?:read|append|what)", text, re.MULTILINE))
+
+
 # ------------------------------------------------------------------ image
 
 

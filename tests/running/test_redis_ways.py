@@ -18,6 +18,7 @@ from cryptography.x509.oid import NameOID
 from tests.chaos.scene import Fields, Stage, until
 from tests.helpers import free_port, quartet
 from tests.running.conftest import ACL_FILE, PASSWORDS, Server, acl_with_passwords, served
+from worker.cli.app import invoke
 
 SIGNALS = 4 * 31
 """60 bars of 4 symbols, a vector being ready from the 30th bar on."""
@@ -57,6 +58,37 @@ def test_the_worker_runs_end_to_end_with_the_minimal_rights(
         used = {name.removeprefix("cmdstat_") for name in reader.info("commandstats")}
     granted = {right[1:] for right in rights("worker") if right.startswith("+")}
     assert granted - used == set()
+
+
+def test_readers_and_operators_can_do_their_work_with_their_rights(
+    guarded: Callable[[str], str],
+    stage: Callable[..., Stage],
+    bars: Sequence[Fields],
+    models: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    made = stage(guarded("worker"))
+    with redis.Redis.from_url(guarded("feed")) as feed:
+        entries(feed, bars)
+    served(made.start("--until-idle", "0.1"))
+    life = made.start()
+
+    def run(user: str, *arguments: str) -> str:
+        code = invoke([*arguments, "--redis", guarded(user), "--models", str(models)])
+        out, error = capfd.readouterr()
+        assert code in (0, 1), f"{arguments}: {error}"  # 1: a check that did not pass
+        assert "permission" not in error + out
+        return out
+
+    assert "2 configured, 2 loaded" in run("reader", "explain", "--last")
+    assert "INSUFFICIENT" in run("reader", "gate", "lightgbm")
+    assert "xgboost" in run("reader", "check")
+    with redis.Redis.from_url(guarded("reader")) as reader:
+        orders = reader.xlen("quartet:control")
+        run("operator", "models", "mute", "lightgbm")
+        assert reader.xlen("quartet:control") == orders + 1
+    assert life.terminate() == 0
 
 
 def rights(user: str) -> list[str]:
