@@ -36,7 +36,10 @@ def match_features(
     """
     model, meta, scaler = named(built.features), declared(metadata), named(own_scaler)
     if model and meta and model != meta:
-        raise _mismatch(f"the model names {_shown(model)} but its metadata {_shown(meta)}; remove the wrong list")
+        raise _mismatch(
+            f"expected one list of names, found two: {_difference('the model', model, 'the metadata', meta)}; "
+            "keep the one it was trained with"
+        )
     names, source = next(
         ((n, s) for n, s in ((model, "the model"), (meta, "the metadata"), (scaler, "the scaler")) if n), (None, "")
     )
@@ -55,7 +58,9 @@ def check_scaler(width: int, names: Sequence[str] | None, match: Match) -> None:
     if width != len(match.features):
         raise _scaler(f"expected a scaler of {len(match.features)} features, found one of {width}")
     if found and found != match.features:
-        raise _scaler(f"expected a scaler of {_shown(match.features)}, found one of {_shown(found)}")
+        raise _scaler(
+            f"expected a scaler of the model's columns: {_difference('the model', match.features, 'the scaler', found)}"
+        )
 
 
 def check_contract(metadata: Mapping[str, Any], feature_set: FeatureSet) -> tuple[str, str]:
@@ -153,6 +158,14 @@ def _strange(names: tuple[str, ...]) -> str:
 def _shown(names: Sequence[str]) -> str:
     rest = f" and {len(names) - 6} more" if len(names) > 6 else ""
     return ", ".join(name[:40] for name in names[:6]) + rest
+
+
+def _difference(one: str, ours: Sequence[str], other: str, theirs: Sequence[str]) -> str:
+    """Where two lists of names part, in words."""
+    if len(ours) != len(theirs):
+        return f"{one} names {len(ours)} features, {other} {len(theirs)} ({_shown(theirs)})"
+    place = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+    return f"{one} has {ours[place][:40]} in place {place + 1} of {len(ours)}, {other} has {theirs[place][:40]}"
 
 
 def _mismatch(detail: str) -> Refused:
