@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -59,9 +60,13 @@ class Watched:
 
 
 _STATE_RECORD = np.dtype(
-    [("life", "<i8"), ("count", "<i8"), ("ints", "<i8", (kernel.INTEGERS,)), ("first", "<f8", (kernel.OUTPUTS,))]
+    [
+        *(("life", "<i8"), ("count", "<i8"), ("attempts", "<i8")),
+        *(("ints", "<i8", (kernel.INTEGERS,)), ("first", "<f8", (kernel.OUTPUTS,))),
+    ]
 )
-_ITEM = np.dtype([("kind", "<i8"), ("confidence", "<f8")])
+_CHUNK = np.dtype([("kind", "i1", (kernel.CHUNK,)), ("confidence", "<f8", (kernel.CHUNK,))])
+"""The items of the ring; `count` is how many of them were begun."""
 
 
 class Safeguard:
@@ -73,7 +78,7 @@ class Safeguard:
     def __init__(self, limits: Mapping[str, QualityLimits] | None = None, *, window: int = WINDOW) -> None:
         self._limits = dict(limits or {})
         self._window = window
-        self._store = SeriesStore(_STATE_RECORD, _ITEM, window)
+        self._store = SeriesStore(_STATE_RECORD, _CHUNK, -(-window // kernel.CHUNK) + 1)
         self._ordered = np.zeros((0, window))
         self._touched: dict[int, int] = {}
         # Compile, or load from the cache, now rather than at the first vote.
@@ -118,15 +123,17 @@ class Safeguard:
         record = self._store.state[row : row + 1]
         limits, n = self.limits(agent), len(kinds)
         verdicts, figures = np.zeros((n, 5), np.int64), np.full((n, kernel.CRITERIA), np.nan)
-        before = int(record["count"][0])
+        done = int(record["attempts"][0]) // kernel.CHUNK
         kernel.watch(
             *(kinds, np.ascontiguousarray(confidence), np.ascontiguousarray(outputs), fingerprints, ts),
-            *(np.array(limits.by_criterion()), limits.minimum),
-            *(record["count"], self._store.ring["kind"][row], self._store.ring["confidence"][row]),
+            *(np.array(limits.by_criterion()), limits.minimum, self._window),
+            *(record["attempts"], self._store.ring["kind"][row], self._store.ring["confidence"][row]),
             *(self._ordered[row], record["ints"][0], record["first"][0]),
             *(verdicts, figures),
         )
-        self._touched[row] = self._touched.get(row, 0) + int(record["count"][0]) - before
+        record["count"][0] = _chunks(record["attempts"])[0]
+        if (kinds >= 0).any():
+            self._touched[row] = min(self._touched.get(row, done), done)
         status, reason, transition, found, votes = verdicts.T
         return Watched(status, reason, transition, found, votes, figures)
 
@@ -190,7 +197,7 @@ class Safeguard:
 
     def _ints(self, agent: str) -> NDArray[np.int64]:
         row = self._row(agent)
-        self._touched.setdefault(row, 0)
+        self._touched.setdefault(row, int(self._store.state["count"][row]))
         ints: NDArray[np.int64] = self._store.state["ints"][row]
         return ints
 
@@ -205,22 +212,37 @@ class Safeguard:
     # ------------------------------------------------------------------ storage
 
     def changes(self) -> list[tuple[bytes, bytes]]:
-        """The state fields to store for everything since the last call: a blob an agent, one an attempt."""
+        """The state fields to store for everything since the last call: a blob an agent, one for 25 attempts."""
         rows = np.array(sorted(self._touched), np.int64)
-        new = np.array([min(self._touched[row], self._window) for row in rows.tolist()], np.int64)
+        first = np.array([self._touched[row] for row in rows.tolist()], np.int64)
+        state = self._store.state[rows]
+        new = np.minimum(state["count"] - first, _held(state))
         self._touched.clear()
         return self._store.pack_series(rows) + self._store.pack_items(rows, new)
 
     def restore(self, fields: Mapping[bytes, bytes]) -> None:
         """Take up what `changes` wrote. Raises `StateCorruptError`."""
-        self._store.restore(fields, lambda state: state["ints"][:, kernel.HELD])
+        self._store.restore(fields, _held)
         self._touched.clear()
         self._ordered = np.zeros((len(self._store.state), self._window))
         for row, record in enumerate(self._store.state):
-            held, count = int(record["ints"][kernel.HELD]), int(record["count"])
-            items = self._store.ring[row, np.arange(count - held, count) % self._window]
-            ascending = np.sort(items["confidence"][items["kind"] < 3])
+            held, attempts = int(record["ints"][kernel.HELD]), int(record["attempts"])
+            kinds, confidence = (self._store.ring[row][name].reshape(-1) for name in ("kind", "confidence"))
+            slots = np.arange(attempts - held, attempts) % len(kinds)
+            ascending = np.sort(confidence[slots][kinds[slots] < 3])
             self._ordered[row, : len(ascending)] = ascending
+
+
+def _chunks(attempts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Chunks that so many attempts have begun."""
+    return -(-attempts // kernel.CHUNK)
+
+
+def _held(state: NDArray[Any]) -> NDArray[np.int64]:
+    """Chunks that the window reaches into."""
+    oldest = state["attempts"] - state["ints"][:, kernel.HELD]
+    held: NDArray[np.int64] = state["count"] - oldest // kernel.CHUNK
+    return held
 
 
 def row_of(agent: str) -> int:

@@ -16,6 +16,8 @@ CRITERIA = 9
 KINDS = 7
 """What an attempt came to: SELL, HOLD, BUY, then one of the failures behind an abstention."""
 OUTPUTS = 12
+CHUNK = 25
+"""Attempts that are stored in one blob: few blobs after a large batch, small ones after a single bar."""
 READMISSIONS = 3
 CONSTANT = 1e-9
 DAY_MS = 86_400_000
@@ -167,8 +169,9 @@ def watch(
     ts: NDArray[np.int64],
     limits: NDArray[np.float64],
     minimum: int,
-    counter: NDArray[np.int64],
-    ring_kinds: NDArray[np.int64],
+    window: int,
+    attempts: NDArray[np.int64],
+    ring_kinds: NDArray[np.int8],
     ring_confidence: NDArray[np.float64],
     ordered: NDArray[np.float64],
     ints: NDArray[np.int64],
@@ -178,19 +181,24 @@ def watch(
 ) -> None:
     """One agent's attempts in order; a kind of -1 is no attempt.
 
-    The window (from `counter` to `first`) is changed; `verdicts` `[N, 5]` are filled with status,
-    reason, transition, violations and votes in the window, `figures` `[N, 9]` where there was an attempt.
+    The rings are `[chunks, CHUNK]`; they and the rest of the state, from `attempts` to `first`, are
+    changed. `verdicts` `[N, 5]` are filled with status, reason, transition, violations and votes in the
+    window, `figures` `[N, 9]` where there was an attempt.
     """
-    window = ring_kinds.size
+    size = ring_kinds.size
     for i in range(kinds.size):
         transition = found = 0
         if kinds[i] >= 0:
-            slot = counter[0] % window
+            chunk, place = divmod(attempts[0] % size, CHUNK)
             if ints[HELD] == window:
-                _drop_oldest(ints, ordered, ring_kinds[slot], ring_confidence[slot])
-            ring_kinds[slot] = kinds[i]
-            ring_confidence[slot] = confidence[i]
-            counter[0] += 1
+                oldest, at = divmod((attempts[0] - window) % size, CHUNK)
+                _drop_oldest(ints, ordered, ring_kinds[oldest, at], ring_confidence[oldest, at])
+            if place == 0:
+                ring_kinds[chunk] = 0
+                ring_confidence[chunk] = 0.0
+            ring_kinds[chunk, place] = kinds[i]
+            ring_confidence[chunk, place] = confidence[i]
+            attempts[0] += 1
             if kinds[i] < 3:
                 _insert(ordered, votes_in(ints), confidence[i])
                 _count_constant(ints, first, outputs[i], fingerprints[i] != ints[FINGERPRINT])

@@ -361,6 +361,15 @@ def test_an_event_carries_its_evidence() -> None:
     assert (event.evidence["votes"], event.evidence["action_collapse"], event.evidence["dead_zone"]) == (200, 1.0, 0.0)
 
 
+def test_what_is_stored_after_a_batch_is_a_blob_for_every_25_attempts_and_one_more() -> None:
+    guard = Safeguard()
+    states_of(guard, rows_of("healthy", 250, 1))
+    assert len(guard.changes()) == 1 + 250 // 25
+    states_of(guard, rows_of("healthy", 1, 2), start=T0 + DAY_MS)
+    assert len(guard.changes()) == 2
+    assert guard.changes() == []
+
+
 def test_a_stored_blob_with_a_changed_byte_is_refused() -> None:
     guard = Safeguard()
     states_of(guard, rows_of("healthy", 20, 1))
