@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.agent import Model
+from streams.codec import StateCorruptError
 from streams.contracts import FEATURE_SETS, V3, FeatureSet, union
 from streams.formats import FormatReader
 from streams.messages import Action, AgentState, Bar, Entry, Event, Reason, Reject
@@ -287,6 +288,7 @@ class Pipeline:
 
         The seats decide what serves; the stored records add what they say of it beside that.
         """
+        _check_series(state)
         self.intake.restore(state.get("series", {}))
         self.features.restore(state.get("features", {}))
         for name in FEATURE_SETS:
@@ -316,6 +318,20 @@ class Pipeline:
         """Stored parts that nothing keeps up to date any more: to be dropped, or they would come back stale."""
         kept = {f"windows:{name}" for name in self.voting.window_sets}
         return [part for part in state if part.startswith("windows:") and state[part] and part not in kept]
+
+
+def _check_series(state: State) -> None:
+    """Every accepted bar wrote both the place and the features of its series; windows may have begun later.
+
+    Raises `StateCorruptError` where one part knows of a series that the other does not.
+    """
+    series = {name for name in state.get("series", {}) if name.isdigit()}
+    for part in ("features", *(f"windows:{name}" for name in FEATURE_SETS)):
+        held = {name for name in state.get(part, {}) if b":" not in name}
+        if held - series or (part == "features" and held != series):
+            alone = b", ".join(sorted(held ^ series)[:3]).decode()
+            problem = f"it holds {len(held)} series, the part 'series' {len(series)}; only one of them has {alone}"
+            raise StateCorruptError(part, problem)
 
 
 def _record(seat: Seat) -> Record:
