@@ -232,6 +232,8 @@ class Worker:
         rebuilt = self._restore(snapshot, records)
         self.pipeline.intake.ids.last = snapshot.position.last_output_id
         self._cautious = 0 if self.store.was_clean else self.settings.batch_size
+        # Where another artifact serves than before, its window of votes was emptied: both go in one commit.
+        serving = {"agents": self.pipeline.agent_changes(), "quality": self.pipeline.safeguard.changes()}
         events = [self._agent_event(loading, records.get(loading.agent, Record())) for loading in self._loadings]
         events += [_trial_event(agent, records[agent], loading) for agent, loading in beside.items()]
         events.append(started(self.settings, self._loadings, self.position))
@@ -242,7 +244,7 @@ class Worker:
             Commit(
                 self.position,
                 appends={self.keys.events: encoded_events(events)},
-                state=rebuilt.state if rebuilt else {"agents": self.pipeline.agent_changes()},
+                state=rebuilt.state if rebuilt else serving,
                 drops=PARTS if rebuilt else self.pipeline.unused(snapshot.state),
             )
         )

@@ -186,6 +186,8 @@ def test_an_artifact_that_is_gone_is_replaced_by_the_newest_and_the_event_says_s
     for file in models.glob(f"xgboost_{FIRST}*"):
         file.unlink()
     one.restart()
+    one.restart()
+    assert one.worker.pipeline.safeguard.quality("xgboost").attempts == 0
     one.feed(BARS[100:120])
     (event,) = one.events("reload")
     assert event["evidence"]["version"] == SECOND
