@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
-import shutil
+import os
+import signal
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import redis
 from playwright.sync_api import Browser, sync_playwright
 
+from streams import embedded
 from streams.keys import Keys
 from tests.helpers import ROOT, environment, wait_for
 from worker.training.market import generate
@@ -80,6 +84,20 @@ class Scene:
     keys: Keys
     minutes: list[list[Fields]] = field(default_factory=market)
     published: int = 0
+    feed: int | None = None
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Hold the demonstration's feed, so that the page and the test read the same streams."""
+        if self.feed is None:
+            yield
+            return
+        os.kill(self.feed, signal.SIGSTOP)
+        try:
+            wait_for(lambda: self.client.xlen(self.keys.features) == self.client.xlen(self.keys.bars))
+            yield
+        finally:
+            os.kill(self.feed, signal.SIGCONT)
 
     def publish(self, minutes: int) -> None:
         """The next minutes, and wait until each bar has been answered."""
@@ -111,9 +129,14 @@ class Scene:
         found = [json.loads(entry[b"data"]) for _, entry in self.client.xrange(key)]
         return [one for one in found if symbol in (None, one["symbol"])]
 
-    def ask(self, path: str) -> Any:
-        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
-            return json.load(answer)
+    def ready(self) -> Any:
+        """What `/readyz` says, ready or not."""
+        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=30)
+        connection.request("GET", "/readyz")
+        try:
+            return json.load(connection.getresponse())
+        finally:
+            connection.close()
 
 
 @contextmanager
@@ -146,38 +169,65 @@ def worker(
         process.wait(30)
 
 
-@contextmanager
-def played(valkey: str, namespace: str, models: Path, home: Path) -> Iterator[Scene]:
-    """A worker that has answered the market but for its last ten minutes."""
-    with worker(valkey, namespace, models, home) as (_, scene):
+@pytest.fixture(scope="session")
+def live(valkey: str, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    """A worker that has answered a market with a gap and a rejected bar, but for its last ten minutes."""
+    home = tmp_path_factory.mktemp("page") / "live"
+    with worker(valkey, "page-live", models, home) as (_, scene):
         scene.publish(REJECTED_AT)
         scene.publish_impossible()
         scene.publish(BARS - 10 - REJECTED_AT)
         yield scene
 
 
+@contextmanager
+def demonstration(models: Path, home: Path, *flags: str) -> Iterator[Scene]:
+    """`quartet demo --keep`, once it has shown its summary."""
+    home.mkdir(exist_ok=True)
+    arguments = ["demo", "--json", "--keep", "--symbols", "4", "--bars", "400", "--http-port", "0", *flags]
+    with (home / "demo.log").open("wb") as stderr, (home / "demo.json").open("wb") as stdout:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "worker", *arguments, "--models", str(models)],
+            cwd=home, env=environment(), stderr=stderr, stdout=stdout,
+        )  # fmt: skip
+
+    def summary() -> dict[str, Any] | None:
+        assert process.poll() is None, (home / "demo.log").read_text()
+        text = (home / "demo.json").read_text()
+        found: dict[str, Any] = json.loads(text) if text.rstrip().endswith("\n}") else {}
+        return found or None
+
+    try:
+        wait_for(lambda: summary() is not None, 300.0)
+        url = (summary() or {})["metrics"]["url"]
+        server = embedded.find(home / ".quartet" / "demo")
+        assert server is not None
+        with redis.Redis.from_url(server) as client:
+            yield Scene(url, client, Keys(), feed=feed_of(process.pid))
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def feed_of(parent: int) -> int:
+    """The process of a demonstration that publishes its bars."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            started_by = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if started_by == parent and b"worker.demo.publisher" in (folder / "cmdline").read_bytes():
+                return int(folder.name)
+    pytest.fail("the demonstration has no feed")
+
+
 @pytest.fixture(scope="session")
-def demo(valkey: str, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """All four agents as they should be."""
-    with played(valkey, "page-demo", models, tmp_path_factory.mktemp("page") / "demo") as scene:
+def demo(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    """`quartet demo`: four agents as they should be."""
+    with demonstration(models, tmp_path_factory.mktemp("page") / "demo") as scene:
         yield scene
 
 
 @pytest.fixture(scope="session")
-def sabotaged(valkey: str, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """One artifact of other features than it says, one model that says HOLD whatever comes."""
-    home = tmp_path_factory.mktemp("page")
-    broken = home / "models"
-    shutil.copytree(models, broken)
-    edit(broken, "xgboost", lambda meta: meta["features"].__setitem__(6, "rsi_21"))
-    edit(broken, "patchtst", lambda meta: meta.update(threshold=1.0))
-    with played(valkey, "page-sabotaged", broken, home / "worker") as scene:
+def sabotaged(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    """`quartet demo --sabotage`: one artifact refused, one model that has collapsed."""
+    with demonstration(models, tmp_path_factory.mktemp("page") / "sabotaged", "--sabotage") as scene:
         yield scene
-
-
-def edit(models: Path, agent: str, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the metadata of an agent's artifact."""
-    (path,) = models.glob(f"{agent}_*_meta.json")
-    meta = json.loads(path.read_text())
-    change(meta)
-    path.write_text(json.dumps(meta))
