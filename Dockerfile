@@ -30,6 +30,7 @@ COPY --from=build /opt/quartet /opt/quartet
 # Numbers, not names: `runAsNonRoot` can only judge those. Both directories may be volumes.
 RUN install -d -o 10001 -g 10001 -m 0750 /state /models
 ENV PATH=/opt/quartet/bin:$PATH \
+    HOME=/state \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     QUARTET_STATE_DIR=/state \

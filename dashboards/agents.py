@@ -199,9 +199,23 @@ def _line_four() -> list[tuple[int, int, object]]:
 
 def _overview() -> list[tuple[int, int, object]]:
     return [
-        (12, 7, states("All agents", "The state of each agent that is chosen above.", 'agent=~"$agent"', see=STATES)),
+        (8, 7, states("All agents", "The state of each agent that is chosen above.", 'agent=~"$agent"', see=STATES)),
         (
-            12,
+            8,
+            7,
+            chart(
+                "Hit ratio, the ensemble's too",
+                f"Share of BUY and SELL that the market moved with, {HORIZON} bars later; `consensus` is the signal's. "
+                "An ensemble that is not above its agents is worth nothing.",
+                [Query('max by (agent) (quartet_agent_hit_ratio{agent=~"$agent|consensus"})', "{{agent}}")],
+                unit="percentunit",
+                steps=((None, RED), (0.45, YELLOW), (0.5, GREEN)),
+                top=1,
+                see=SCORES,
+            ),
+        ),
+        (
+            8,
             7,
             chart(
                 "Weight",
