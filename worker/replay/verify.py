@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,10 @@ FEATURES, SIGNALS = "features", "signals"
 
 @dataclass
 class Verdict:
-    """What a verification came to. `missing` are the models that were not at hand: (agent, version) to why."""
+    """What a verification came to. `missing` are the models that were not at hand: (agent, version) to why.
+
+    `loading_s` and `models_s` are seconds, among `seconds`, that the models took to load and to compute.
+    """
 
     bars: int
     comparison: Comparison
@@ -35,6 +37,7 @@ class Verdict:
     notes: list[str]
     leftover: Mapping[str, int]
     seconds: float
+    loading_s: float
     models_s: float
     other_build: list[str] = field(default_factory=list)
 
@@ -67,6 +70,7 @@ class Verdict:
             "other_build": self.other_build,
             "notes": self.notes,
             "seconds": round(self.seconds, 3),
+            "loading_seconds": round(self.loading_s, 3),
             "models_seconds": round(self.models_s, 3),
         }
 
@@ -106,13 +110,15 @@ def verify(
     clock = Clock()
     others = _other_build(outline)
     comparison = Comparison(TOLERANCE if others else 0.0)
-    with Source(recording) as source:
-        chain = Chain(settings, outline, source, restart_every)
-        try:
-            bars = _run(chain, comparison, clock, batch_size or settings.batch_size, progress)
-            leftover = source.left()
-        finally:
-            chain.close()
+    source = Source(recording)
+    loading = time.perf_counter()
+    chain = Chain(settings, outline, source, restart_every)
+    loading_s = time.perf_counter() - loading
+    try:
+        bars = _run(chain, comparison, clock, batch_size or settings.batch_size, progress)
+        leftover = source.left()
+    finally:
+        chain.close()
     notes = list(chain.notes)
     if recording.cut:
         notes.append(f"the recording ends in an unfinished frame of {recording.cut} bytes, which is left out")
@@ -123,24 +129,18 @@ def verify(
         notes=notes,
         leftover=leftover,
         seconds=time.perf_counter() - began,
+        loading_s=loading_s,
         models_s=clock.models_s,
         other_build=others,
     )
 
 
 def _run(chain: Chain, comparison: Comparison, clock: Clock, batch_size: int, progress: Progress) -> int:
-    """All batches; one is compared while the next is computed."""
     bars = 0
-    comparing: Future[list[tuple[Place, Difference]]] | None = None
-    with ThreadPoolExecutor(1, "compare") as thread:
-        for result, recorded in chain.run(batch_size, clock):
-            if comparing is not None:
-                comparison.take(comparing.result())
-            comparing = thread.submit(compare_batch, comparison, chain.source, result, recorded)
-            bars += len(result.accepted)
-            progress(sum(result.accepted.outcomes.values()))
-        if comparing is not None:
-            comparison.take(comparing.result())
+    for result, recorded in chain.run(batch_size, clock):
+        comparison.take(compare_batch(comparison, chain.source, result, recorded))
+        bars += len(result.accepted)
+        progress(sum(result.accepted.outcomes.values()))
     return bars
 
 
