@@ -229,7 +229,7 @@ def test_the_worker_reports_to_its_service_manager(
     ):
         for end, name in ((manager, "first"), (of_standby, "second")):
             end.bind(str(tmp_path / name))
-            end.settimeout(30)
+            end.settimeout(120)
         made = stage(valkey)
         made.namespace = tmp_path.name
         made.feed(bars)
