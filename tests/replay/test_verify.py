@@ -276,3 +276,14 @@ def test_orders_canaries_and_promotions_are_replayed_where_they_took_effect(
 
 def _events(file: Path) -> list[dict[str, Any]]:
     return [json.loads(i.fields[b"data"]) for i in Recording(file) if isinstance(i, Recorded) and i.stream == "events"]
+
+
+def test_the_command_says_what_differs_and_exits_1(day: Day, tmp_path: Path) -> None:
+    scene, file = day
+    assert "VERIFIED: features, votes and signals are the same, to the bit." in scene.quartet(
+        "replay", file, "--verify"
+    )
+    changed = _nth("votes:xgboost", 600, lambda vote: vote.update(confidence=0.5))
+    told = scene.quartet("replay", rewrite(file, tmp_path / "changed.jsonl.zst", changed), "--verify", code=1)
+    assert "DIFFERENT: 1 values in 1 entries." in told
+    assert "agent xgboost, confidence: recorded 0.5, recomputed 0." in told
