@@ -11,7 +11,11 @@ SUITE: dict[str, list[str]] = {
     "features": [],
     "agents": [],
     "quality": [],
+    "commit": [],
     "pipeline": [],
+    "recovery": [],
+    "replay": [],
+    "memory": [],
     "training": ["--seeds", "1"],
 }
 """Module to its arguments."""

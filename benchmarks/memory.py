@@ -1,6 +1,6 @@
 """Whether the worker's memory stays flat: resident MiB per million bars, after its warm-up.
 
-    python -m benchmarks.memory [--json] [--bars 300000]
+    python -m benchmarks.memory [--json] [--bars 100000]
 
 One worker's loop in this process over an embedded server, the two tree models, batches of 256. The
 slope is the least-squares line through the resident memory after every round but the first few.
@@ -23,15 +23,19 @@ from benchmarks.machine import demo_models, line
 from benchmarks.pipeline import LAST_TS
 from streams import embedded
 from streams.keys import Keys
-from streams.redis import RedisStore, connect
-from worker.assembly import load_agents, pipeline_factory
+from streams.redis import RedisStore, connect, with_baseline
+from streams.store import Position
+from worker.assembly import load_agents, load_options, pipeline_factory
 from worker.demo.publisher import publish
 from worker.demo.scene import rounds
 from worker.engine import commit_of
+from worker.pipeline import Pipeline
+from worker.reload import Shelf
 from worker.settings import Settings
+from worker.voting import Seat
 
 SYMBOLS = 50
-ROUND = 10_000
+ROUND = 5_000
 SKIPPED = 5
 """Rounds until allocators and caches have grown to their size."""
 
@@ -44,7 +48,8 @@ def resident_mib() -> float:
 def measure(bars: int) -> dict[str, float]:
     quiet = structlog.wrap_logger(structlog.testing.ReturnLogger(), processors=[lambda *_: ""])
     settings = Settings(models=demo_models(), agents=("xgboost", "lightgbm"), quorum=2, namespace="m")
-    pipeline = pipeline_factory(settings, load_agents(settings, {}, quiet))()
+    loadings = load_agents(settings, {}, Shelf(settings.models, load_options(settings)), quiet)
+    pipeline = pipeline_factory(settings)([Seat(x.agent, settings.weights[x.agent], x.model) for x in loadings])
     seen = []
     with tempfile.TemporaryDirectory() as name, embedded.start(Path(name)) as server:
         client = connect(server.url)
@@ -63,10 +68,8 @@ def measure(bars: int) -> dict[str, float]:
     return {"bars": bars, "resident_mib": seen[-1], "mib_per_million_bars": slope, "first_mib": seen[SKIPPED]}
 
 
-def consume(pipeline, store: RedisStore, position):
+def consume(pipeline: Pipeline, store: RedisStore, position: Position) -> Position:
     """Read, process and commit all there is."""
-    from streams.redis import with_baseline
-
     while True:
         batch = store.read(position, [store.keys.bars], 256)
         if not batch.entries:
@@ -79,7 +82,7 @@ def consume(pipeline, store: RedisStore, position):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("--bars", type=int, default=300_000)
+    parser.add_argument("--bars", type=int, default=100_000)
     given = parser.parse_args()
     row = measure(given.bars)
     if given.json:

@@ -13,12 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import structlog
@@ -37,14 +40,17 @@ from worker.demo.scene import rounds
 from worker.lease import LeaseKeeper
 from worker.metrics import Metrics
 from worker.reload import Shelf
+from worker.roster import Record
 from worker.sensors import Sensors
 from worker.service import Options, Worker
 from worker.settings import Settings
 from worker.status import Status
 
-SYMBOLS = 50
-WARM_ROUNDS = 170
-BARS = {1: 600, 64: 4_800, 256: 9_600}
+SYMBOLS = 20
+WARM_UP = 30
+WARM_ROUNDS = WARM_UP + 64
+"""After them every symbol is past its warm-up and has its whole window; shorter than usual, to save time."""
+BARS = {1: 100, 64: 960, 256: 2_560}
 """Bars that are measured at each batch size."""
 LAST_TS = 1_750_000_020_000
 
@@ -68,8 +74,24 @@ class Clock(Sensors):
             self.ended = ended
 
 
-def work(settings: Settings, shelf: Shelf) -> Clock:
-    """Let a worker consume all there is."""
+class _Stop(threading.Event):
+    """Set as soon as `until` holds."""
+
+    def __init__(self, until: Callable[[], bool]) -> None:
+        super().__init__()
+        self._until = until
+
+    def is_set(self) -> bool:
+        return super().is_set() or self._until()
+
+
+def work(
+    settings: Settings,
+    shelf: Shelf,
+    records: Mapping[str, Record] = MappingProxyType({}),
+    until: Callable[[], bool] = lambda: False,
+) -> Clock:
+    """Let a worker consume all there is, or stop between two batches once `until` holds."""
     client = connect(settings.redis)
     store = RedisStore(client, Keys(settings.namespace))
     clock, status = Clock(Metrics(CollectorRegistry())), Status(settings.agents, settings.quorum)
@@ -78,28 +100,35 @@ def work(settings: Settings, shelf: Shelf) -> Clock:
         store,
         pipeline_factory(settings),
         shelf,
-        {},
+        records,
         sensors=clock,
         status=status,
         log=structlog.wrap_logger(structlog.testing.ReturnLogger(), processors=[lambda *_: ""]),
-        options=Options(until_idle_s=0),
+        options=Options(until_idle_s=0, stop=_Stop(until)),
     )
     worker.run(LeaseKeeper(store.with_client(connect(settings.redis)).renew, lambda: status.heartbeat, 0.5))
     return clock
 
 
-def one_run(url: str, name: str, batch: int, bars: int, shelf: Shelf) -> dict[str, float]:
-    """Seconds of each stage, and of the whole from the first read to the last commit."""
-    minutes: Iterator[list[Bar]] = rounds(0, SYMBOLS, WARM_ROUNDS + bars // SYMBOLS, LAST_TS)
-    settings = Settings(redis=url, namespace=name, models=demo_models(), batch_size=256)
-    key = Keys(name).bars
+def one_run(url: str, name: str, bars: Mapping[int, int], shelf: Shelf) -> dict[int, dict[str, float]]:
+    """By batch size: seconds of each stage, and of the whole from the first read to the last commit."""
+    minutes: Iterator[list[Bar]] = rounds(0, SYMBOLS, WARM_ROUNDS + sum(bars.values()) // SYMBOLS, LAST_TS)
+    settings = Settings(
+        redis=url, namespace=name, models=demo_models(), batch_size=256, warmup_bars={"v3": WARM_UP}, watch_s=0
+    )
+    keys, found = Keys(name), {}
     with connect(url) as client:
-        publish(client, key, islice(minutes, WARM_ROUNDS))
+        publish(client, keys.bars, islice(minutes, WARM_ROUNDS))
         work(settings, shelf)
-        publish(client, key, islice(minutes, bars // SYMBOLS))
-        clock = work(settings.model_copy(update={"batch_size": batch}), shelf)
-        assert client.xlen(Keys(name).signals) == SYMBOLS * (WARM_ROUNDS - 99) + bars
-    return {**clock.stages, "whole": clock.ended - clock.began}
+        signals = SYMBOLS * (WARM_ROUNDS - WARM_UP + 1)
+        for batch, count in bars.items():
+            publish(client, keys.bars, islice(minutes, count // SYMBOLS))
+            clock = work(settings.model_copy(update={"batch_size": batch}), shelf)
+            found[batch] = {**clock.stages, "whole": clock.ended - clock.began}
+            signals += count
+        assert client.xlen(keys.signals) == signals
+        client.flushall()
+    return found
 
 
 def models_alone(loadings: list[Loading], batch: int) -> float:
@@ -113,33 +142,32 @@ def models_alone(loadings: list[Loading], batch: int) -> float:
     return total
 
 
-def measure(runs: int, scale: float) -> list[dict]:
+def measure(runs: int, scale: float) -> list[dict[str, Any]]:
     quiet = structlog.wrap_logger(structlog.testing.ReturnLogger(), processors=[lambda *_: ""])
     settings = Settings(models=demo_models())
     shelf = Shelf(settings.models, load_options(settings))
     loadings = load_agents(settings, {}, shelf, quiet)
-    found = []
+    bars = {batch: max(SYMBOLS, round(full * scale) // SYMBOLS * SYMBOLS) for batch, full in BARS.items()}
     with tempfile.TemporaryDirectory() as directory, embedded.start(Path(directory)) as server:
-        for batch, full in BARS.items():
-            bars = max(SYMBOLS, round(full * scale) // SYMBOLS * SYMBOLS)
-            done = [one_run(server.url, f"b{batch}r{run}", batch, bars, shelf) for run in range(runs)]
-            us = {stage: median(one[stage] for one in done) / bars * 1e6 for stage in done[0]}
-            own = models_alone(loadings, batch)
-            whole = us.pop("whole")
-            found.append(
-                {
-                    "batch": batch,
-                    "bars_per_second": 1e6 / whole,
-                    "us_a_bar": whole,
-                    "models_alone_us": own,
-                    "whole_over_models": whole / own,
-                    "stages_us": {name: value for name, value in us.items() if not name.startswith("agent:")},
-                }
-            )
-    return found
+        done = [one_run(server.url, f"r{run}", bars, shelf) for run in range(runs)]
+    return [_row(batch, bars[batch], [one[batch] for one in done], models_alone(loadings, batch)) for batch in bars]
 
 
-def show(rows: list[dict]) -> None:
+def _row(batch: int, bars: int, done: list[dict[str, float]], own: float) -> dict[str, Any]:
+    """Medians over the runs, in microseconds a bar."""
+    us = {stage: median(one[stage] for one in done) / bars * 1e6 for stage in done[0]}
+    whole = us.pop("whole")
+    return {
+        "batch": batch,
+        "bars_per_second": 1e6 / whole,
+        "us_a_bar": whole,
+        "models_alone_us": own,
+        "whole_over_models": whole / own,
+        "stages_us": {name: value for name, value in us.items() if not name.startswith("agent:")},
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
     names = list(rows[0]["stages_us"])
     print(
         f"{'batch':>6}{'bars/s':>9}{'us a bar':>10}{'models':>8}{'ratio':>7}   share of the whole: " + " ".join(names)
