@@ -75,7 +75,7 @@ export class Lanes extends Layer {
       for (const cell of cells) this.#cell(context, lane, cell, name);
       context.fillStyle = this.colours.line;
       context.fillRect(0, lane.bottom - 1, bitmapSize.width, 1);
-      this.#label(context, lane, h, name);
+      this.#label(context, lane, h, name, bitmapSize.width / h);
     });
   }
 
@@ -126,11 +126,12 @@ export class Lanes extends Layer {
   }
 
   /** The lane's name at its left edge, on a ground of its own so that it reads over anything. */
-  #label(context, { top, bottom }, h, name) {
-    const text = this.states[name] ? `${name} · ${this.states[name]}` : name;
+  #label(context, { top, bottom }, h, name, room) {
     context.save();
     context.scale(h, h);
     context.font = LABEL_FONT;
+    const full = this.states[name] ? `${name} · ${this.states[name]}` : name;
+    const text = context.measureText(full).width < room / 3 ? full : name;
     const width = context.measureText(text).width;
     const y = (top + bottom) / 2 / h;
     context.fillStyle = this.colours.card;
