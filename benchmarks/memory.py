@@ -28,7 +28,7 @@ from streams.store import Position
 from worker.assembly import load_agents, load_options, pipeline_factory
 from worker.demo.publisher import publish
 from worker.demo.scene import rounds
-from worker.engine import commit_of
+from worker.encoding import commit_of
 from worker.pipeline import Pipeline
 from worker.reload import Shelf
 from worker.settings import Settings

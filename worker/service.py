@@ -29,7 +29,7 @@ from streams.store import (
     StoreUnavailableError,
 )
 from worker.builds import placed, started
-from worker.engine import commit_of, encoded_events
+from worker.encoding import commit_of, encoded_events
 from worker.http import Condition
 from worker.lease import LeaseKeeper
 from worker.notify import Notifier

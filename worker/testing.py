@@ -22,7 +22,7 @@ from streams.messages import Bar
 from streams.redis import with_baseline
 from streams.validation import interval_ms
 from worker.assembly import load_options, pipeline_factory, use_one_thread_a_model
-from worker.engine import commit_of
+from worker.encoding import commit_of
 from worker.errors import UsageError
 from worker.pipeline import Pipeline
 from worker.replay.publish import read_entries

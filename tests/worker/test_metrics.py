@@ -36,7 +36,6 @@ CONTRACT = {
     "quartet_agent_brier_score": ({"agent"}, "gauge"),
     "quartet_agent_scored_votes": ({"agent"}, "gauge"),
     "quartet_feature_drift": ({"feature"}, "gauge"),
-    "quartet_agent_rollbacks_total": ({"agent", "by"}, "counter"),
     "quartet_agent_inference_seconds": ({"agent"}, "histogram"),
     "quartet_ensemble_agents": ({"kind"}, "gauge"),
     "quartet_ensemble_agreement_ratio": (set(), "gauge"),

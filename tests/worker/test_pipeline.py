@@ -16,8 +16,9 @@ from streams.contracts import V2, V3
 from streams.messages import AGENTS, Entry, Reason
 from streams.validation import Limits
 from tests.worker.small import LAST_TS, batches, falling, market, model, rising, seat
+from worker.encoding import feature_messages, signal_messages, vote_messages
 from worker.features.bank import FeatureBank
-from worker.pipeline import PARTS, Pipeline, Result, feature_messages, signal_messages, vote_messages
+from worker.pipeline import PARTS, Pipeline, Result
 from worker.voting import Seat
 
 WARM_UP = {"v3": 25, "v2": 30}

@@ -11,7 +11,8 @@ from typing import Any
 
 from streams.recording import Recording
 from worker.builds import build
-from worker.pipeline import Result, feature_messages, signal_messages, vote_messages
+from worker.encoding import feature_messages, signal_messages, vote_messages
+from worker.pipeline import Result
 from worker.replay.chain import Chain, check_beginning
 from worker.replay.compare import Comparison, Difference, Place
 from worker.replay.outline import VOTES, Outline, Progress, read_outline
