@@ -209,9 +209,12 @@ class VotingStage:
         return sorted({m.window for m in self._models() if m.window > 1 and m.feature_set == name})
 
     def _open_windows(self) -> None:
+        """A ring for each set that a sequence model reads, long enough for the longest window of them."""
         for feature_set in self.feature_sets:
-            if self._lengths(feature_set.name) and feature_set.name not in self._windows:
-                self._windows[feature_set.name] = SequenceWindows(len(feature_set), self._capacity)
+            if lengths := self._lengths(feature_set.name):
+                capacity = max(self._capacity, *lengths)
+                ring = self._windows.setdefault(feature_set.name, SequenceWindows(len(feature_set), capacity))
+                ring.widen(capacity)
 
     def stage(self, agent: str) -> AgentStage | None:
         """The stage of an agent, or of its canary."""

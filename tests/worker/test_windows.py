@@ -125,3 +125,18 @@ def test_a_vector_that_is_not_ready_is_not_kept_but_its_restart_counts():
     assert held.tolist() == [1, 2, 3, 0, 0, 1]
     assert np.array_equal(found[2], vectors[1:3], equal_nan=True)
     assert np.array_equal(found[5, -1], vectors[5], equal_nan=True)
+
+
+def test_a_ring_that_is_widened_keeps_what_it_holds_also_across_a_restart():
+    vectors, rows = vectors_of(60), np.arange(60) % 3
+    windows, storage = SequenceWindows(WIDTH, capacity=8), {}
+    push(windows, rows[:40], vectors[:40], 8, storage=storage)
+    windows.widen(12)
+    push(windows, rows[40:50], vectors[40:50], 12, storage=storage)
+    again = SequenceWindows(WIDTH, capacity=12)
+    again.restore(storage)
+    for one in (windows, again):
+        found, full = push(one, rows[50:], vectors[50:], 11)
+        for i in range(3, 10):
+            assert full[i] == (i >= 1)
+            assert np.array_equal(found[i], vectors[rows == rows[50 + i]][: (50 + i) // 3 + 1][-11:], equal_nan=True)

@@ -45,6 +45,15 @@ class SeriesStore:
             self.state = np.concatenate([self.state, np.zeros(size - known, self.state.dtype)])
             self.ring = np.concatenate([self.ring, np.zeros((size - known, self._capacity), self._item)])
 
+    def widen(self, capacity: int, held: NDArray[np.int64]) -> None:
+        """Make every ring `capacity` items long; of each series the last `held` items are kept."""
+        ring = np.zeros((len(self.state), capacity), self._item)
+        for back in range(1, self._capacity + 1):
+            rows = np.flatnonzero(held >= back)
+            index = self.state["count"][rows] - back
+            ring[rows, index % capacity] = self.ring[rows, index % self._capacity]
+        self.ring, self._capacity = ring, capacity
+
     def pack_series(self, rows: NDArray[np.int64]) -> list[tuple[bytes, bytes]]:
         """Field and blob of each of the distinct `rows`."""
         records = np.zeros(len(rows), self._series_blob)

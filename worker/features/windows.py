@@ -92,6 +92,12 @@ class SequenceWindows:
         _push(rows, vectors, restart, ready, self._store.state, self._store.ring, windows, held)
         return windows, held
 
+    def widen(self, capacity: int) -> None:
+        """Hold `capacity` vectors from now on, where that is more; what is held stays."""
+        if capacity > self.capacity:
+            self._store.widen(capacity, self._store.state["held"])
+            self.capacity = capacity
+
     def changes(self, rows: NDArray[np.int64]) -> list[tuple[bytes, bytes]]:
         """What to store after a push with these `rows`: one blob a distinct row, one a new vector."""
         touched, pushed = np.unique(rows, return_counts=True)
