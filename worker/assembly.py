@@ -207,7 +207,7 @@ def serve(settings: Settings, options: Options, log: FilteringBoundLogger) -> No
         page = Page(
             connect(url), keys, status.readiness, quorum=settings.quorum, warmup_bars=settings.warmup_bars[V3.name]
         )
-        probes = Probes(registry, lambda: status.heartbeat, status.readiness, heartbeat_limit_s=30.0, site=page.answer)
+        probes = Probes(registry, lambda: status.heartbeat, status.readiness, site=page.answer)
         http = HttpServer(probes, settings.http_host, settings.http_port)
         log.info("metrics and health", url=http.url, page=f"{http.url}/")
         try:
@@ -227,7 +227,7 @@ def serve(settings: Settings, options: Options, log: FilteringBoundLogger) -> No
                 notifier=Notifier.from_environment(),
             )
             twin = store.with_client(connect(url))
-            worker.run(LeaseKeeper(twin.renew, lambda: status.heartbeat, settings.lease_s / 4))
+            worker.run(LeaseKeeper(twin.renew, lambda: status.heartbeat, settings.lease_s / 4, log))
         finally:
             page.close()
             http.close()

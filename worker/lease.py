@@ -6,6 +6,9 @@ import threading
 import time
 from collections.abc import Callable
 
+import structlog
+from structlog.typing import FilteringBoundLogger
+
 from streams.store import StoreUnavailableError
 
 STALLED_S = 60.0
@@ -13,10 +16,21 @@ STALLED_S = 60.0
 
 
 class LeaseKeeper:
-    """Calls `renew` every `every_s` seconds while the loop turns. `lost` is set once another holds it."""
+    """Calls `renew` every `every_s` seconds while the loop turns.
 
-    def __init__(self, renew: Callable[[], bool], heartbeat: Callable[[], float], every_s: float) -> None:
+    `lost` is set once another holds the lease or `renew` fails in a way that nobody foresaw; `why` says which.
+    """
+
+    def __init__(
+        self,
+        renew: Callable[[], bool],
+        heartbeat: Callable[[], float],
+        every_s: float,
+        log: FilteringBoundLogger | None = None,
+    ) -> None:
         self.lost = threading.Event()
+        self.why = ""
+        self._log = log or structlog.get_logger()
         self._renew = renew
         self._heartbeat = heartbeat
         self._every_s = every_s
@@ -38,6 +52,16 @@ class LeaseKeeper:
                 held = self._renew()
             except StoreUnavailableError:
                 continue  # the loop meets the same outage and says so; the epoch guards the commits
-            if not held:
-                self.lost.set()
+            except Exception as error:
+                self._log.exception("the lease cannot be renewed; this worker stops")
+                self._give_up(
+                    f"the lease cannot be renewed ({type(error).__name__}: {error}); a restart takes it again"
+                )
                 return
+            if not held:
+                self._give_up("another instance holds the lease; this one stops without writing")
+                return
+
+    def _give_up(self, why: str) -> None:
+        self.why = why
+        self.lost.set()

@@ -87,7 +87,7 @@ class Options:
     rebuild: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
     reload: threading.Event = field(default_factory=threading.Event)
-    now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
+    now_ms: Callable[[], int] | None = None
 
 
 class Worker:
@@ -146,7 +146,7 @@ class Worker:
             while not self._done():
                 self._beat()
                 if lease.lost.is_set():
-                    raise FencedError("another instance holds the lease; this one stops without writing")
+                    raise FencedError(lease.why)
                 self._turn()
             self.store.release()
         finally:
@@ -161,7 +161,7 @@ class Worker:
             if batch.entries or steered or self.steering.waiting:
                 self._idle_since = None
             if batch.entries:
-                self._process(batch.entries, steered)
+                self._process(batch.entries, steered, self._now_ms(batch))
             elif steered:
                 self._settle(steered)
             else:
@@ -292,7 +292,7 @@ class Worker:
             self.pipeline.records[agent] = kept
         inputs = {key: at for key, at in self.position.inputs.items() if key != self.keys.control}
         bars = Position(inputs, self.position.last_output_id)
-        rebuilt = rebuild(self.pipeline, self.store, bars, self.options.now_ms(), self.keys.rejected, self._reaching)
+        rebuilt = rebuild(self.pipeline, self.store, bars, self._now_ms(), self.keys.rejected, self._reaching)
         self.log.info("state rebuilt from the input", bars=rebuilt.bars)
         for key, missing in rebuilt.missing.items():
             if missing:
@@ -417,9 +417,16 @@ class Worker:
         self._tell_agents()
         self._tell_events(steered.events)
 
-    def _process(self, entries: Sequence[Entry], steered: Steered) -> None:
+    def _now_ms(self, batch: Batch | None = None) -> int:
+        """The clock that was given, else the server's at the moment of a read, else this machine's."""
+        if self.options.now_ms is not None:
+            return self.options.now_ms()
+        server_ms = batch.now_ms if batch is not None else None
+        return time.time_ns() // 1_000_000 if server_ms is None else server_ms
+
+    def _process(self, entries: Sequence[Entry], steered: Steered, now_ms: int) -> None:
         poison = self._approach(entries)
-        result = self.pipeline.process(entries, self.options.now_ms(), poison=poison, stopwatch=self.sensors.stopwatch)
+        result = self.pipeline.process(entries, now_ms, poison=poison, stopwatch=self.sensors.stopwatch)
         position = self.position.advanced([*entries, *steered.entries], self.pipeline.intake.ids.last)
         events = [_on_bar(placed(event, self.position), result.accepted.bars) for event in steered.events]
         steered = replace(steered, events=events)
@@ -428,7 +435,7 @@ class Worker:
         self._commit(commit)
         self.position = position
         self._cautious = max(0, self._cautious - len(entries))
-        self.sensors.batch(result, self.options.now_ms())
+        self.sensors.batch(result, self._now_ms())
         self.status.batch(result, healthy=self.pipeline.intake.health.healthy)
         if steered:
             self._tell_steered(steered)

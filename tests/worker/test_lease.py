@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 import time
 
+import structlog
+from structlog.testing import LogCapture
+
 from streams.keys import Keys
 from streams.redis import RedisStore, connect
 from streams.store import StoreUnavailableError
@@ -39,6 +42,7 @@ def test_a_lease_that_another_holds_is_lost(server, namespace):
     kept.start()
     assert kept.lost.wait(10)
     kept.stop()
+    assert "another instance" in kept.why
 
 
 def test_a_loop_that_stands_still_lets_the_lease_go():
@@ -64,3 +68,18 @@ def test_an_outage_is_not_a_lost_lease():
     assert tried.wait(10)
     kept.stop()
     assert not kept.lost.is_set()
+
+
+def test_a_renewal_that_fails_unforeseen_is_logged_and_ends_the_worker_as_a_lost_lease():
+    """Else the thread would be gone, and the loop would go on without a lease and without knowing it."""
+
+    def renew() -> bool:
+        raise RuntimeError("what nobody foresaw")
+
+    seen = LogCapture()
+    kept = LeaseKeeper(renew, time.monotonic, 0.001, structlog.wrap_logger(None, processors=[seen]))
+    kept.start()
+    assert kept.lost.wait(10)
+    kept.stop()
+    assert kept.why == "the lease cannot be renewed (RuntimeError: what nobody foresaw); a restart takes it again"
+    assert [(line["log_level"], bool(line["exc_info"])) for line in seen.entries] == [("error", True)]
