@@ -25,8 +25,8 @@ from worker.errors import Unavailable
 CLIENT_TIMEOUT_S = 5.0
 MAX_CLIENTS = 32
 HEARTBEAT_LIMIT_S = 30.0
-"""A loop that has not turned for longer is stuck. Before its first turn models load and kernels may compile, which takes
-10 s and more on a small machine without a cache; a call of the server gives up after 5 s, a batch takes well under 1 s."""
+"""A loop that has not turned for longer is stuck. Before its first turn models load and kernels may compile, which
+takes 10 s and more on a small machine without a cache; a call of the server gives up after 5 s."""
 
 _TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"

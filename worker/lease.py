@@ -52,7 +52,7 @@ class LeaseKeeper:
                 held = self._renew()
             except StoreUnavailableError:
                 continue  # the loop meets the same outage and says so; the epoch guards the commits
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  it is told, and the loop ends
                 self._log.exception("the lease cannot be renewed; this worker stops")
                 self._give_up(
                     f"the lease cannot be renewed ({type(error).__name__}: {error}); a restart takes it again"
