@@ -213,10 +213,11 @@ class RedisStore:
         """
         pipe = self.client.pipeline(transaction=True)
         pipe.hmget(self._keys[0], "epoch", "instance", "position")
+        pipe.time()
         for key in keys:
             pipe.xinfo_stream(key)
         pipe.xread({key: _after(position, key) for key in keys}, count=count)
-        (epoch, instance, stored), *infos, streams = _guarded(pipe.execute, raise_on_error=False)
+        (epoch, instance, stored), (seconds, micros), *infos, streams = _guarded(pipe.execute, raise_on_error=False)
         self._check_owner(epoch, instance)
         if self.epoch and (stored or b"") != self._committed:
             raise RewoundError(self._rewound(epoch, stored))
@@ -227,7 +228,7 @@ class RedisStore:
                 check_input(key, position.inputs[key], known.get(key, GONE))
         if isinstance(streams, Exception):
             raise _translated(streams)
-        return Batch(_merged(streams, count), known)
+        return Batch(_merged(streams, count), known, seconds * 1000 + micros // 1000)
 
     def wait(self, position: Position, keys: Sequence[str], timeout_s: float) -> bool:
         """Block until an entry follows `position`, at most `timeout_s` seconds."""

@@ -123,10 +123,11 @@ GONE = StreamFacts(0, 0, FIRST_ID)
 
 @dataclass(frozen=True)
 class Batch:
-    """Entries read, in order, and the facts of each input at the same moment."""
+    """Entries read, in order, and the facts of each input at the same moment; `now_ms` by the server's clock."""
 
     entries: Sequence[Entry]
     facts: Mapping[str, StreamFacts]
+    now_ms: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The bad-bar rules: what is accepted, and one reason for everything that is not.
 
-Three steps, each a function of its inputs: `read_fields` (an entry's bytes to plain values),
-`check_bar` (plain values to a `Bar`), and `SeriesRules` (a bar against the last one of its symbol
-and interval). A bar is rejected with a reason, never repaired.
+Two steps, each a function of its inputs: `read_fields` (an entry's bytes to plain values) and
+`check_bar` (plain values to a `Bar`). What a bar may be after the last one of its symbol and interval
+is judged in `worker.intake`. A bar is rejected with a reason, never repaired.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def decide(
     silent = np.isin(status, (Status.WITHHELD, Status.STALE, Status.BELOW_QUORUM))
     return Signals(
         action=np.where(status == Status.OK, winner, Action.HOLD).astype(np.int8),
-        confidence=np.where(silent, 0.0, _sum_columns(np.where(agrees, effective * confidence, 0.0))),
+        confidence=np.where(silent, 0.0, _mean_confidence(confidence, effective, agrees)),
         agreement=agreement,
         loaded=(~np.isin(state, _UNLOADED) & counts).sum(axis=1),
         eligible=(state == _ACTIVE).sum(axis=1),
@@ -83,6 +83,15 @@ def effective_weights(
     canaries = canary.sum(axis=1)
     taken = np.where(total > 0, canary_share * canaries, 0.0)
     return np.where(canary, canary_share, share * (1.0 - taken)[:, None])
+
+
+def _mean_confidence(
+    confidence: NDArray[np.float64], effective: NDArray[np.float64], agrees: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Sum of w c over the agreeing by the sum of w over the voting `[R]`; never over 1, 0 without weight."""
+    total = _sum_columns(effective)
+    agreed = _sum_columns(np.where(agrees, effective * confidence, 0.0))
+    return np.divide(agreed, total, out=np.zeros(len(total)), where=total > 0)
 
 
 def _winner(action: NDArray[np.int8], effective: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

@@ -117,6 +117,7 @@ def test_every_row_is_what_the_contract_says(rows, weights, quorum, data):
     signals = decided(rows, weights, quorum, withheld, stale)
     for i, row in enumerate(rows):
         expected = naive(row, weights, quorum, withheld[i], stale[i])
+        assert 0 <= signals.confidence[i] <= 1
         assert row_of(signals, i) == {**expected, "confidence": pytest.approx(expected["confidence"], abs=1e-12)}
 
 
@@ -143,6 +144,12 @@ def test_the_heavier_side_wins_only_with_the_quorum():
     row = [("BUY", 0.9, A), ("BUY", 0.9, A), ("SELL", 0.9, A), ("SELL", 0.9, A)]
     assert decided([row], (0.31, 0.29, 0.2, 0.2)).status == ("no_agreement",)
     assert decided([row], (0.31, 0.29, 0.2, 0.2), quorum=2).status == ("ok",)
+
+
+def test_a_confidence_is_never_over_one():
+    """Weights whose shares add up to a little more than 1 in floats."""
+    row = [("BUY", 1.0, A), ("BUY", 1.0, A), ("BUY", 1.0, A), ("ABSTAIN", 0.0, A)]
+    assert decided([row], (0.17, 0.19, 0.31, 0.2)).confidence[0] == 1.0
 
 
 def test_a_tie_has_no_winner():
