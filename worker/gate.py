@@ -120,7 +120,10 @@ def _kind(vote: Mapping[str, Any]) -> int:
 def _finding(place: int, stretch: list[Mapping[str, Any]], seen: Watched, limits: QualityLimits) -> Finding:
     criterion = CRITERIA[place]
     violating = np.flatnonzero(seen.found & (1 << place))
-    values = seen.figures[:, place]
+    values, limit = seen.figures[:, place], limits.of(criterion)
+    if criterion is Reason.NON_FINITE_OUTPUT and len(violating) and not (values >= limit).any():
+        # Scattered ones: the share of them is what was violated, not the run.
+        values, limit = seen.figures[violating, -1], limits.non_finite_share
     judged = values[seen.votes >= limits.minimum] if criterion not in FAILURES else values
     measured = judged[np.isfinite(judged)]
     worst = math.nan
@@ -131,7 +134,7 @@ def _finding(place: int, stretch: list[Mapping[str, Any]], seen: Watched, limits
     return Finding(
         criterion=str(criterion),
         value=None if math.isnan(worst) else worst,
-        limit=limits.of(criterion),
+        limit=limit,
         violated=len(violating) > 0,
         bar_id=str(stretch[violating[0]]["bar_id"]) if len(violating) else "",
     )

@@ -45,8 +45,9 @@ class Quality:
 
 @dataclass(frozen=True)
 class Watched:
-    """What became of N rows: `[N]` each, `figures` `[N, 9]` (NaN on rows that were no attempt).
+    """What became of N rows: `[N]` each, `figures` `[N, 10]` (NaN on rows that were no attempt).
 
+    The figures are those of the criteria, and last the share of attempts without a finite output.
     `status` and `reason` as they stand after the row, `transition` what happened on it, `found` the
     violations as bits in the order of `CRITERIA`, `votes` how many the window holds.
     """
@@ -122,11 +123,11 @@ class Safeguard:
         row = self._row(agent)
         record = self._store.state[row : row + 1]
         limits, n = self.limits(agent), len(kinds)
-        verdicts, figures = np.zeros((n, 5), np.int64), np.full((n, kernel.CRITERIA), np.nan)
+        verdicts, figures = np.zeros((n, 5), np.int64), np.full((n, kernel.FIGURES), np.nan)
         done = int(record["attempts"][0]) // kernel.CHUNK
         kernel.watch(
             *(kinds, np.ascontiguousarray(confidence), np.ascontiguousarray(outputs), fingerprints, ts),
-            *(np.array(limits.by_criterion()), limits.minimum, self._window),
+            *(_limits(limits), limits.minimum, self._window),
             *(record["attempts"], self._store.ring["kind"][row], self._store.ring["confidence"][row]),
             *(self._ordered[row], record["ints"][0], record["first"][0]),
             *(verdicts, figures),
@@ -168,14 +169,14 @@ class Safeguard:
     def quality(self, agent: str) -> Quality:
         """The figures of the agent's window as it stands."""
         row, limits = self._row(agent), self.limits(agent)
-        ints, figures = self._store.state["ints"][row], np.full(kernel.CRITERIA, np.nan)
+        ints, figures = self._store.state["ints"][row], np.full(kernel.FIGURES, np.nan)
         kernel.measure(ints, self._ordered[row], figures)
         votes = int(kernel.votes_in(ints))
         return Quality(
             attempts=int(ints[kernel.HELD]),
             votes=votes,
-            figures=dict(zip(CRITERIA, figures.tolist(), strict=True)),
-            violations=criteria_of(kernel.violations(ints, figures, np.array(limits.by_criterion()), limits.minimum)),
+            figures=dict(zip(CRITERIA, figures[: len(CRITERIA)].tolist(), strict=True)),
+            violations=criteria_of(kernel.violations(ints, figures, _limits(limits), limits.minimum)),
             sufficient=votes >= limits.minimum,
         )
 
@@ -231,6 +232,10 @@ class Safeguard:
             slots = np.arange(attempts - held, attempts) % len(kinds)
             ascending = np.sort(confidence[slots][kinds[slots] < 3])
             self._ordered[row, : len(ascending)] = ascending
+
+
+def _limits(limits: QualityLimits) -> NDArray[np.float64]:
+    return np.array([*limits.by_criterion(), limits.non_finite_share])
 
 
 def _chunks(attempts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -290,7 +295,8 @@ _KIND_OF_EVENT = {
 def _event(agent: str, bar: Bar, seen: Watched, row: int) -> Event:
     name, then = _KIND_OF_EVENT[int(seen.transition[row])]
     reason = str(CRITERIA[seen.reason[row]])
-    figures = zip(CRITERIA, seen.figures[row].tolist(), strict=True)
+    names = (*CRITERIA, "non_finite_share")
+    figures = zip(names, seen.figures[row].tolist(), strict=True)
     evidence = {
         "violations": [str(criterion) for criterion in criteria_of(int(seen.found[row]))],
         "votes": int(seen.votes[row]),

@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from worker.features.kernel import compiled
 
 CRITERIA = 9
-"""Figures and limits of an agent stand in the order of `worker.qsc.CRITERIA`."""
+"""Figures and limits of an agent stand in the order of `worker.quality.CRITERIA`."""
+FIGURES = CRITERIA + 1
+"""After them the share of attempts that gave no finite output: a second figure and limit of that criterion."""
+NON_FINITE, NON_FINITE_SHARE = 5, CRITERIA
 KINDS = 7
 """What an attempt came to: SELL, HOLD, BUY, then one of the failures behind an abstention."""
 OUTPUTS = 12
@@ -39,9 +42,6 @@ CLEAR, MUTED, OPERATOR = 0, 1, 2
 """Values of `STATUS`: not muted, muted by a criterion, muted by an operator."""
 MUTE, READMIT, LOCK = 1, 2, 3
 """Transitions: muted now, re-admitted now, would be re-admitted but only an operator may now."""
-
-_RUNS = (1 << 4) | (1 << 5)
-"""The criteria that are runs: they leave no trace in the window, so each starts the fresh window over."""
 
 
 @compiled
@@ -90,7 +90,7 @@ def votes_in(ints: NDArray[np.int64]) -> int:
 
 @compiled
 def measure(ints: NDArray[np.int64], ordered: NDArray[np.float64], figures: NDArray[np.float64]) -> None:
-    """The figure of each criterion `[9]`; NaN where there is nothing to take it from."""
+    """The figure of each criterion, and the share of non-finite outputs `[10]`; NaN where there is nothing to take."""
     votes, held = votes_in(ints), ints[HELD]
     figures[:] = np.nan
     if votes > 0:
@@ -103,6 +103,7 @@ def measure(ints: NDArray[np.int64], ordered: NDArray[np.float64], figures: NDAr
         figures[5] = ints[NON_FINITE_RUN]
         for failure in range(3):
             figures[6 + failure] = ints[COUNTS + 4 + failure] / held
+        figures[NON_FINITE_SHARE] = ints[COUNTS + 3] / held
 
 
 @compiled
@@ -126,6 +127,8 @@ def violations(ints: NDArray[np.int64], figures: NDArray[np.float64], limits: ND
         for place in range(6, CRITERIA):
             if figures[place] > limits[place]:
                 found |= 1 << place
+        if figures[NON_FINITE_SHARE] > limits[NON_FINITE_SHARE]:
+            found |= 1 << NON_FINITE
     return found
 
 
@@ -183,7 +186,7 @@ def watch(
 
     The rings are `[chunks, CHUNK]`; they and the rest of the state, from `attempts` to `first`, are
     changed. `verdicts` `[N, 5]` are filled with status, reason, transition, violations and votes in the
-    window, `figures` `[N, 9]` where there was an attempt.
+    window, `figures` `[N, 10]` where there was an attempt.
     """
     size = ring_kinds.size
     for i in range(kinds.size):
@@ -208,7 +211,10 @@ def watch(
             ints[FINGERPRINT] = fingerprints[i]
             measure(ints, ordered, figures[i])
             found = violations(ints, figures[i], limits, minimum)
-            transition = _decide(ints, found, ts[i], window)
+            # Runs leave no trace in the window: each starts the fresh window over.
+            in_run = found & (1 << 4) != 0 or ints[NON_FINITE_RUN] >= limits[NON_FINITE]
+            ints[FRESH] = 0 if in_run else ints[FRESH] + 1
+            transition = _decide(ints, found, ts[i], minimum, window)
         verdicts[i, 0] = ints[STATUS]
         verdicts[i, 1] = ints[REASON]
         verdicts[i, 2] = transition
@@ -217,9 +223,8 @@ def watch(
 
 
 @compiled
-def _decide(ints: NDArray[np.int64], found: int, ts: int, window: int) -> int:
-    """Mute, re-admit or leave things as they are."""
-    ints[FRESH] = 0 if found & _RUNS else ints[FRESH] + 1
+def _decide(ints: NDArray[np.int64], found: int, ts: int, minimum: int, window: int) -> int:
+    """Mute, re-admit or leave things as they are. Under the minimum of votes nothing shows that it mended."""
     if ints[STATUS] == CLEAR and found:
         ints[STATUS] = MUTED
         ints[FRESH] = 0
@@ -228,7 +233,8 @@ def _decide(ints: NDArray[np.int64], found: int, ts: int, window: int) -> int:
             reason += 1
         ints[REASON] = reason
         return MUTE
-    if ints[STATUS] == MUTED and ints[FRESH] >= window and not found and not ints[LOCKED]:
+    fresh = ints[FRESH] >= window and votes_in(ints) >= minimum
+    if ints[STATUS] == MUTED and fresh and not found and not ints[LOCKED]:
         return _readmit(ints, ts)
     return 0
 

@@ -40,7 +40,8 @@ class QualityLimits:
 
     Violated is: an action, HOLD or failure share above its limit, a deviation or range of confidence
     below it, a run of its length. `constant_run` counts votes in a row with the same outputs,
-    `non_finite_run` attempts in a row that gave none (needs no minimum: each of them abstained).
+    `non_finite_run` attempts in a row that gave none (needs no minimum: each of them abstained), and
+    `non_finite_share` is the share of such attempts, scattered ones too.
     `probation`: under the minimum an agent's votes count (`vote`) or are only recorded (`shadow`).
     """
 
@@ -51,13 +52,14 @@ class QualityLimits:
     confidence_range: Share = 0.12
     constant_run: Run = 200
     non_finite_run: Run = 20
+    non_finite_share: Share = 0.05
     error_share: Share = 0.05
     deadline_share: Share = 0.05
     stale_share: Share = 0.05
     probation: Literal["vote", "shadow"] = "vote"
 
     def by_criterion(self) -> tuple[float, ...]:
-        """The limits in the order of `CRITERIA`."""
+        """The limits in the order of `CRITERIA`; of non-finite outputs that of their run."""
         return (
             *(self.action_share, self.hold_share, self.confidence_stddev, self.confidence_range),
             *(float(self.constant_run), float(self.non_finite_run)),

@@ -21,6 +21,10 @@ make = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make)
 
 
+RULES = {str(criterion): criterion for criterion in CRITERIA} | {"non_finite_share": Reason.NON_FINITE_OUTPUT}
+"""The criterion that each pair of recordings is of; non-finite outputs count in a row, and by their share."""
+
+
 def recording(name: str) -> list[dict]:
     return [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text().splitlines()]
 
@@ -28,20 +32,24 @@ def recording(name: str) -> list[dict]:
 def test_the_committed_recordings_are_what_their_script_writes() -> None:
     made = {name: make.lines(votes) for name, votes in make.recordings()}
     assert made == {path.stem: path.read_text() for path in FOLDER.glob("*.jsonl")}
-    assert set(made) == {f"{rule}_{suffix}" for rule in CRITERIA for suffix in ("trips", "holds")}
+    assert set(made) == {f"{rule}_{suffix}" for rule in RULES for suffix in ("trips", "holds")}
 
 
-@pytest.mark.parametrize("rule", CRITERIA)
-def test_votes_that_just_trip_a_rule_fail_for_it_on_the_very_vote(rule: Reason) -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_votes_that_just_trip_a_rule_fail_for_it_on_the_very_vote(rule: str) -> None:
     votes = recording(f"{rule}_trips")
     verdict = judge("xgboost", votes)
     assert verdict.verdict == "FAIL"
     assert verdict.muted_at == votes[make.EXPECTED[rule]]["bar_id"]
-    assert [f.criterion for f in verdict.findings if f.violated] == [rule]
+    (finding,) = [f for f in verdict.findings if f.violated]
+    assert finding.criterion == RULES[rule]
+    assert finding.value is not None
+    below = rule in ("flat_confidence", "narrow_range")
+    assert finding.value < finding.limit if below else finding.value >= finding.limit
 
 
-@pytest.mark.parametrize("rule", CRITERIA)
-def test_votes_that_just_do_not_trip_a_rule_pass(rule: Reason) -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_votes_that_just_do_not_trip_a_rule_pass(rule: str) -> None:
     verdict = judge("xgboost", recording(f"{rule}_holds"))
     assert verdict.verdict == ("PASS" if verdict.votes >= 200 else "INSUFFICIENT")
     assert verdict.muted_at == ""
@@ -49,14 +57,14 @@ def test_votes_that_just_do_not_trip_a_rule_pass(rule: Reason) -> None:
     assert not any(f.violated for f in verdict.findings)
 
 
-@pytest.mark.parametrize("rule", CRITERIA)
-def test_every_limit_is_a_setting(rule: Reason) -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_every_limit_is_a_setting(rule: str) -> None:
     """A limit moved a little past the recording's value lets it pass, or trips the one that held."""
     name = dict(
         zip(
-            CRITERIA,
+            RULES,
             "action_share hold_share confidence_stddev confidence_range constant_run non_finite_run "
-            "error_share deadline_share stale_share".split(),
+            "error_share deadline_share stale_share non_finite_share".split(),
             strict=True,
         )
     )[rule]

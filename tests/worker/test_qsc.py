@@ -44,11 +44,11 @@ class Naive:
         self.attempts.append((row, ts))
         violated = self._violations()
         happened = ""
-        if Reason.CONSTANT_OUTPUT in violated or Reason.NON_FINITE_OUTPUT in violated:
+        if Reason.CONSTANT_OUTPUT in violated or self._run_of_failures() >= self.limits.non_finite_run:
             self.fresh_from = len(self.attempts)
         if self.muted is None and violated:
             self.muted, self.fresh_from, happened = violated[0], len(self.attempts), "agent_muted"
-        elif self.muted and not violated and not self.locked and len(self.attempts) - self.fresh_from >= self.window:
+        elif self.muted and not violated and not self.locked and self._mended():
             recent = [t for t in self.readmitted if ts - t < DAY_MS]
             if len(recent) >= 3:
                 self.locked, happened = True, "agent_locked"
@@ -57,11 +57,26 @@ class Naive:
                 self.muted, happened = None, "agent_readmitted"
         return self._state(row), self._reason(row), violated, happened
 
+    def _votes(self) -> list[Row]:
+        return [row for row, _ in self.attempts[-self.window :] if row[0] is not Action.ABSTAIN]
+
+    def _mended(self) -> bool:
+        """A fresh full window in which there are votes enough to judge."""
+        fresh = len(self.attempts) - self.fresh_from >= self.window
+        return fresh and len(self._votes()) >= self.limits.minimum
+
+    def _run_of_failures(self) -> int:
+        trailing = 0
+        for row, _ in reversed(self.attempts):
+            if row[3] != "non_finite_output":
+                break
+            trailing += 1
+        return trailing
+
     def _state(self, row: Row) -> str:
         if self.muted:
             return "muted"
-        votes = [r for r, _ in self.attempts[-self.window :] if r[0] is not Action.ABSTAIN]
-        return "shadow" if self.limits.probation == "shadow" and len(votes) < self.limits.minimum else "active"
+        return "shadow" if self.limits.probation == "shadow" and len(self._votes()) < self.limits.minimum else "active"
 
     def _reason(self, row: Row) -> str | None:
         return row[3] if row[0] is Action.ABSTAIN else self.muted
@@ -82,12 +97,9 @@ class Naive:
             found += [Reason.NARROW_RANGE] * bool(high - low < limits.confidence_range)
             found += [Reason.CONSTANT_OUTPUT] * (self._same_outputs() >= limits.constant_run)
         reasons = [row[3] for row in rows]
-        trailing = 0
-        for row, _ in reversed(self.attempts):
-            if row[3] != "non_finite_output":
-                break
-            trailing += 1
-        found += [Reason.NON_FINITE_OUTPUT] * (trailing >= limits.non_finite_run)
+        share = reasons.count("non_finite_output") / len(rows)
+        scattered = len(rows) >= limits.minimum and share > limits.non_finite_share
+        found += [Reason.NON_FINITE_OUTPUT] * (scattered or self._run_of_failures() >= limits.non_finite_run)
         if len(rows) >= limits.minimum:
             found += [Reason.ERROR_RATE] * (reasons.count("error_rate") / len(rows) > limits.error_share)
             found += [Reason.DEADLINE_MISSED] * (reasons.count("deadline_missed") / len(rows) > limits.deadline_share)
@@ -186,11 +198,20 @@ def run(
     restarts=st.sets(st.integers(0, 40)),
     step_ms=st.sampled_from([60_000, 3_600_000]),
     shadow=st.booleans(),
+    lenient=st.booleans(),
 )
 def test_every_row_and_every_transition_are_the_naive_ones(
-    segments: list[tuple[str, int]], seed: int, sizes: list[int], restarts: set[int], step_ms: int, shadow: bool
+    segments: list[tuple[str, int]],
+    seed: int,
+    sizes: list[int],
+    restarts: set[int],
+    step_ms: int,
+    shadow: bool,
+    lenient: bool,
 ) -> None:
     limits = QualityLimits(minimum=15, constant_run=12, non_finite_run=7, probation="shadow" if shadow else "vote")
+    if lenient:  # failures do not count, so that only the want of votes keeps a muted agent muted
+        limits = replace(limits, non_finite_share=1.0, error_share=1.0, deadline_share=1.0, stale_share=1.0)
     window = 40
     rows = [row for place, (style, n) in enumerate(segments) for row in rows_of(style, n, seed + place)]
     ts = [T0 + i * step_ms for i in range(len(rows))]
@@ -255,9 +276,29 @@ def test_a_muted_vote_keeps_its_action_confidence_and_outputs() -> None:
     assert set(judged.reason[199:]) == {"action_collapse"}
 
 
+def test_an_agent_that_fails_on_19_of_20_bars_is_muted_and_stays_so() -> None:
+    """No run of it reaches 20, and under 200 votes nothing else can be judged: the share of failures says it."""
+    rows = (rows_of("nan", 19, 1) + rows_of("healthy", 1, 2)) * 80
+    states, events = states_of(Safeguard(), rows)
+    assert events == [(199, "agent_muted")]
+    assert set(states[199:]) == {"muted"}
+
+
+def test_an_agent_that_collapsed_is_not_readmitted_on_attempts_that_cannot_be_judged() -> None:
+    """500 attempts after it was muted, of which 160 are votes: too few to say that it mended. 200 are enough."""
+    limits = {"nhits": QualityLimits(error_share=1.0)}
+    mostly = rows_of("error", 17, 3) + rows_of("healthy", 8, 4)
+    rows = rows_of("collapse", 200, 1) + mostly * 40
+    states, events = states_of(Safeguard(limits), rows)
+    assert (events, set(states[199:])) == ([(199, "agent_muted")], {"muted"})
+    half = rows_of("error", 15, 5) + rows_of("healthy", 10, 6)
+    _, events = states_of(Safeguard(limits), rows_of("collapse", 200, 1) + half * 40)
+    assert events == [(199, "agent_muted"), (699, "agent_readmitted")]
+
+
 def test_a_run_of_failures_starts_the_fresh_window_over() -> None:
     """It leaves no trace in the shares, so it must not be forgotten by the 500th attempt."""
-    limits = QualityLimits(minimum=1_000, non_finite_run=20)
+    limits = QualityLimits(minimum=500, non_finite_run=20)
     good = rows_of("healthy", 480, 3)
     rows = rows_of("nan", 20, 1) + good[:100] + rows_of("nan", 20, 2) + good + rows_of("healthy", 30, 4)
     _, events = states_of(Safeguard({"nhits": limits}), rows)

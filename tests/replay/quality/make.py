@@ -28,9 +28,10 @@ EXPECTED = {
     "narrow_range": 199,
     # 300 that vary, then the 200th in a row of the same output.
     "constant_output": 499,
-    # 100 votes, then the 20th failure in a row.
-    "non_finite_output": 119,
-    # 11 failures among 200 attempts are 5.5 %, the last of them is the 200th.
+    # 400 votes, then the 20th failure in a row: 4.8 % of the attempts.
+    "non_finite_output": 419,
+    # 11 failures among 200 attempts are 5.5 %, the last of them is the 200th; never two in a row.
+    "non_finite_share": 199,
     "error_rate": 199,
     "deadline_missed": 199,
     "stale": 199,
@@ -46,6 +47,7 @@ def recordings() -> Iterator[tuple[str, list[Vote]]]:
         yield f"narrow_range_{suffix}", _confident(_narrow(0.0595 if trips else 0.0605))
         yield f"constant_output_{suffix}", _constant(200 if trips else 199)
         yield f"non_finite_output_{suffix}", _failing("non_finite_output", 20 if trips else 19)
+        yield f"non_finite_share_{suffix}", _failures_among("non_finite_output", 11 if trips else 10)
         for rule in ("error_rate", "deadline_missed", "stale"):
             yield f"{rule}_{suffix}", _failures_among(rule, 11 if trips else 10)
 
@@ -83,7 +85,7 @@ def _constant(run: int) -> list[Vote]:
 
 
 def _failing(reason: str, run: int) -> list[Vote]:
-    return [*_healthy(100, 5), *[("ABSTAIN", 0.0, 0.0, reason)] * run, *_healthy(20 - run, 6), *_healthy(100, 7)]
+    return [*_healthy(400, 5), *[("ABSTAIN", 0.0, 0.0, reason)] * run, *_healthy(20 - run, 6), *_healthy(100, 7)]
 
 
 def _failures_among(reason: str, failures: int) -> list[Vote]:
