@@ -33,7 +33,7 @@ from worker.encoding import commit_of, encoded_events
 from worker.http import Condition
 from worker.lease import LeaseKeeper
 from worker.notify import Notifier
-from worker.pipeline import PARTS, Pipeline, trial_seat
+from worker.pipeline import PARTS, AgentReport, Pipeline, trial_seat
 from worker.qsc import CANARY
 from worker.rebuild import Rebuilt, rebuild
 from worker.reload import Shelf, Steered, Steering
@@ -526,21 +526,24 @@ class Worker:
         self._states = states
         self.sensors.agents(self.pipeline)
         self.status.agents(self.pipeline)
-        self._tell_ensemble([report.state for report in reports if report.seat.role is AgentState.ACTIVE])
+        self._tell_ensemble([report for report in reports if report.seat.role is AgentState.ACTIVE])
 
-    def _tell_ensemble(self, states: Sequence[AgentState]) -> None:
+    def _tell_ensemble(self, reports: Sequence[AgentReport]) -> None:
+        """Whether there can be a signal, and where there cannot, which agents are missing and why."""
+        states = [report.state for report in reports]
         loaded = sum(state is not AgentState.REFUSED for state in states)
         eligible = sum(state is AgentState.ACTIVE for state in states)
         warming = sum(state is AgentState.WARMING_UP for state in states)
         self.sensors.metrics.ensemble({"configured": len(states), "loaded": loaded, "eligible": eligible})
         counts = f"{len(states)} configured, {loaded} loaded, {eligible} eligible, quorum {self.settings.quorum}"
-        if eligible >= self.settings.quorum and not warming:
-            line = f"ensemble ready: {counts}"
-        elif loaded < self.settings.quorum:
-            line = f"ensemble below quorum: {counts}: every signal will be HOLD below_quorum"
+        if eligible + warming < self.settings.quorum:
+            missing = [f"{r.agent} {r.state} {r.reason or ''}".strip() for r in reports if r.state != AgentState.ACTIVE]
+            why = "; ".join(missing)
+            self.log.warning(f"ensemble below quorum: {counts}: every signal will be HOLD below_quorum: {why}")
+        elif warming:
+            self.log.info(f"ensemble warming up: {counts}")
         else:
-            line = f"ensemble warming up: {counts}"
-        self.log.info(line)
+            self.log.info(f"ensemble ready: {counts}")
 
     def _tell_events(self, events: Sequence[Event]) -> None:
         self.sensors.events(events)

@@ -12,6 +12,7 @@ from typing import Any
 
 import structlog
 from prometheus_client import CollectorRegistry
+from structlog.typing import FilteringBoundLogger
 
 from streams.keys import Keys
 from streams.memory import MemoryStore
@@ -78,7 +79,9 @@ def market(symbols: int, bars: int, seed: int = 11) -> list[Mapping[bytes, bytes
 class Desk:
     """A worker over streams in memory, turned by hand; `restart` is another process over the same streams."""
 
-    def __init__(self, models: Path, **settings: Any) -> None:
+    def __init__(self, models: Path, log: FilteringBoundLogger | None = None, **settings: Any) -> None:
+        silent = structlog.wrap_logger(structlog.testing.ReturnLogger(), processors=[lambda *_: ""])
+        self._log = log or silent
         given = {"agents": AGENTS, "quorum": 2, "warmup_bars": {"v3": 30}, "watch_s": 0.0, "models": models}
         self.settings = Settings(**{**given, **settings})
         self.store = MemoryStore()
@@ -97,7 +100,7 @@ class Desk:
             stored_records(self.store, rebuild=False),
             sensors=Sensors(Metrics(self.registry, self.settings.agents)),
             status=Status(self.settings.agents, self.settings.quorum),
-            log=structlog.wrap_logger(structlog.testing.ReturnLogger(), processors=[lambda *_: ""]),
+            log=self._log,
             options=Options(),
         )
         assert worker._own()
