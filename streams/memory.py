@@ -125,7 +125,7 @@ class MemoryStore:
     def lengths(self, keys: Sequence[str]) -> dict[str, int]:
         return {key: len(self.streams.streams.get(key, ())) for key in keys}
 
-    def commit(self, commit: Commit) -> None:
+    def commit(self, commit: Commit) -> bool:
         self._check_ids(commit)
         for part in commit.drops:
             self.state.pop(part, None)
@@ -138,6 +138,7 @@ class MemoryStore:
         for part, fields in commit.state.items():
             self.state.setdefault(part, {}).update(fields)
         self.position = commit.position
+        return True
 
     def _check_ids(self, commit: Commit) -> None:
         """All checks before the first write, as on a server."""

@@ -131,15 +131,26 @@ def _guarded(call: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return call(*args, **kwargs)
     except _AWAY as error:
-        raise StoreUnavailableError(str(error)) from error
+        raise StoreUnavailableError(str(error), _reason(error)) from error
     except ResponseError as error:
         if str(error).startswith(_CANNOT_WRITE):
-            raise StoreUnavailableError(str(error)) from error
+            raise StoreUnavailableError(str(error), _reason(error)) from error
         if "WRONGTYPE" in str(error):
             raise StoreMisuseError(
                 f"a key of this namespace holds something else ({error}): use another --namespace or delete the key"
             ) from error
         raise
+
+
+def _reason(error: Exception) -> str:
+    """Why the server is of no use now, as in `StoreUnavailableError.reason`."""
+    if isinstance(error, OutOfMemoryError):
+        return "out_of_memory"
+    if isinstance(error, ReadOnlyError):
+        return "read_only"
+    if isinstance(error, ResponseError):
+        return "unavailable" if str(error).startswith("MASTERDOWN") else "error"
+    return "unavailable"
 
 
 class RedisStore:
@@ -235,8 +246,11 @@ class RedisStore:
         after = {key: _after(position, key) for key in keys}
         return bool(_guarded(self.client.xread, after, count=1, block=max(1, round(timeout_s * 1000))))
 
-    def commit(self, commit: Commit) -> None:
-        """One atomic commit; safe to call again with the same one after `StoreUnavailableError`."""
+    def commit(self, commit: Commit) -> bool:
+        """One atomic commit; safe to call again with the same one after `StoreUnavailableError`.
+
+        False where an earlier try was applied and only its reply was lost.
+        """
         following = b"%d %s" % (self._commits + 1, commit.position.encode())
         keys, packed = self._packed(commit)
         reply = self._run_commit(keys, following, packed)
@@ -246,6 +260,7 @@ class RedisStore:
             raise StoreMisuseError(_misuse(reply))
         self._committed = following
         self._commits += 1
+        return bool(reply[0] == b"OK")
 
     def _run_commit(self, keys: Sequence[str], following: bytes, packed: bytes) -> list[bytes]:
         arguments = (len(keys), *keys, str(self.epoch), self._committed, following, packed, self.instance)

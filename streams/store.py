@@ -17,7 +17,15 @@ FIRST_ID = "0-0"
 
 
 class StoreUnavailableError(Exception):
-    """The server cannot be reached or cannot write now; nothing is known to have been written."""
+    """The server cannot be reached or cannot write now; nothing is known to have been written.
+
+    `reason`: `unavailable` (away, or not serving yet), `out_of_memory`, `read_only`, or `error` for any other
+    refusal, such as that of a full disk.
+    """
+
+    def __init__(self, text: str, reason: str = "unavailable") -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 class FencedError(Exception):
@@ -165,8 +173,8 @@ class Store(Protocol):
         """Wait for an entry after `position`; whether there is one."""
         ...
 
-    def commit(self, commit: Commit) -> None:
-        """Write everything or nothing, once.
+    def commit(self, commit: Commit) -> bool:
+        """Write everything or nothing, once. False where an earlier try with `commit` did and its reply was lost.
 
         Raises `FencedError`, `RewoundError`, `StoreUnavailableError` (the outcome may be unknown:
         call again with the same commit) or `StoreMisuseError`.

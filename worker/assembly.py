@@ -19,8 +19,9 @@ from streams.formats import FormatReader, InputRule
 from streams.inputs import Inputs
 from streams.keys import Keys
 from streams.redis import RedisStore, check_server, connect
+from streams.store import StoreUnavailableError
 from streams.validation import Limits
-from worker.errors import CheckFailed, Unavailable
+from worker.errors import CheckFailed, Unavailable, expected
 from worker.http import HttpServer, Probes
 from worker.lease import LeaseKeeper
 from worker.metrics import Metrics
@@ -176,9 +177,15 @@ def server_url(settings: Settings, *, start: bool) -> Iterator[str]:
 
 
 def open_client(url: str) -> redis.Redis:
-    """A client of a server that can keep the promises. Raises what `check_server` raises."""
+    """A client of a server that can keep the promises.
+
+    Raises `Unavailable`, which names the server, where it does not serve, and what `check_server` raises else.
+    """
     client = connect(url)
-    check_server(client)
+    try:
+        check_server(client)
+    except StoreUnavailableError as error:
+        raise expected(error, mask(url)) or error from error
     return client
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-DONE = 0
 CHECK_FAILED = 1
 USAGE = 2
 UNAVAILABLE = 3
@@ -38,10 +37,11 @@ class FencedOff(QuartetError):
     exit_code = FENCED
 
 
-def expected(error: BaseException) -> QuartetError | None:
+def expected(error: BaseException, server: str = "") -> QuartetError | None:
     """The `QuartetError` that `error` amounts to, or None where it is a defect of ours.
 
-    The layers below know nothing of exit codes, so their errors are translated here and only here.
+    `server` is the URL that was tried, without its password. The layers below know nothing of exit codes, so their
+    errors are translated here and only here.
     """
     if isinstance(error, QuartetError):
         return error
@@ -52,17 +52,18 @@ def expected(error: BaseException) -> QuartetError | None:
     from streams import codec, store  # noqa: PLC0415
     from streams.embedded import EmbeddedError  # noqa: PLC0415
 
-    text = str(error)
+    text, at = str(error), f" at {server}" if server else ""
     if isinstance(error, store.FencedError):
         return FencedOff(text)
-    if isinstance(error, store.StoreUnavailableError) and isinstance(error.__cause__, redis.AuthenticationError):
+    unreachable = (redis.ConnectionError, redis.TimeoutError)  # a refused login is one of them
+    if isinstance(error, store.StoreUnavailableError) and isinstance(error.__cause__, unreachable):
         error = error.__cause__
     if isinstance(error, EmbeddedError | store.StoreUnavailableError):
         return Unavailable(text)
     if isinstance(error, redis.AuthenticationError):
-        return Unavailable(f"Redis refused the login: {text}; check the user and password in --redis")
-    if isinstance(error, redis.ConnectionError | redis.TimeoutError):
-        return Unavailable(f"Redis is not reachable: {text}; check --redis and that the server runs")
+        return Unavailable(f"Redis{at} refused the login: {text}; check the user and password in --redis")
+    if isinstance(error, unreachable):
+        return Unavailable(f"Redis{at} is not reachable: {text.rstrip('.')}; check --redis and that the server runs")
     if isinstance(
         error, store.InputLostError | store.RewoundError | store.StoreMisuseError | codec.StateCorruptError | Refused
     ):

@@ -22,7 +22,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from streams.contracts import DEFINITIONS
-from streams.messages import AGENTS, Action, AgentState, Reason, Status
+from streams.messages import AGENTS, CANARY, Action, AgentState, Reason, Status
 from streams.validation import REASONS
 from worker import quality
 from worker.intake import FLAGS, OUTCOMES
@@ -30,13 +30,11 @@ from worker.intake import FLAGS, OUTCOMES
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 STAGES = ("read", "intake", "features", "agents", "safeguard", "consensus", "pack", "commit")
+# `lost_reply`: found applied by a later try; `error`: any other refusal, such as that of a full disk.
 COMMIT_RESULTS = ("ok", "fenced", "unavailable", "lost_reply", "out_of_memory", "read_only", "error")
 CRITERIA = tuple(str(criterion) for criterion in quality.CRITERIA)
 ENSEMBLE = ("configured", "loaded", "eligible", "voting")
-WEIGHTS = ("configured", "effective")
 ROLLED_BACK_BY = ("safeguard", "operator")
-CANARY = "_canary"
-"""The label of an agent's canary is the agent with this suffix; it exists only while there is one."""
 
 
 class Metrics:
@@ -132,7 +130,8 @@ class Metrics:
         )
         self._lag = Gauge("quartet_stream_lag", "Entries not yet consumed", ("stream",), registry=registry)
         self._length = Gauge("quartet_stream_length", "Entries in a stream", ("stream",), registry=registry)
-        self._commits = _Counts(registry, "quartet_commits", "Commits by result", "result")
+        text = "Tries to commit by result; those that are ok or lost_reply were written"
+        self._commits = _Counts(registry, "quartet_commits", text, "result")
         self._commits.touch(COMMIT_RESULTS)
         self._recoveries = Counter("quartet_recoveries", "Starts that took up an earlier position", registry=registry)
 

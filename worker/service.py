@@ -456,8 +456,8 @@ class Worker:
     def _commit(self, commit: Commit) -> None:
         """Commit once, however often it takes; nothing else happens meanwhile."""
         with self.sensors.stopwatch("commit"):
-            self._reaching(lambda: self.store.commit(commit), committing=True)
-        self.sensors.metrics.commits("ok")
+            written = self._reaching(lambda: self.store.commit(commit), committing=True)
+        self.sensors.metrics.commits("ok" if written else "lost_reply")
 
     def _accept_loss(self, error: InputLostError) -> None:
         """Count what is gone and warm everything up again, if that was asked for; else stop."""
@@ -495,7 +495,8 @@ class Worker:
                     raise
                 pause_s = min(2 * pause_s, LONGEST_BACKOFF_S)
             except FencedError:
-                self.sensors.metrics.commits("fenced")
+                if committing:
+                    self.sensors.metrics.commits("fenced")
                 raise
             else:
                 if not self.status.server.ok:
@@ -508,7 +509,7 @@ class Worker:
             self.log.error("the server is unavailable; nothing is lost, trying again", detail=str(error))
         self.status.server = Condition(ok=False, detail=str(error))
         if committing:
-            self.sensors.metrics.commits("unavailable")
+            self.sensors.metrics.commits(error.reason)
 
     # ------------------------------------------------------------------ telling
 

@@ -165,6 +165,17 @@ KINDS: dict[str, Callable[[str], Commit]] = {
 }
 
 
+def test_a_commit_says_whether_this_very_try_wrote_it(server, namespace):
+    with proxy(server) as between:
+        store = store_of(between.url, namespace)
+        assert store.commit(batch(namespace, 1)) is True
+        between.fault = "cut"
+        with pytest.raises(StoreUnavailableError) as lost:
+            store.commit(batch(namespace, 7))
+        assert lost.value.reason == "unavailable"
+        assert store.commit(batch(namespace, 7)) is False, "the first try was applied, its reply was lost"
+
+
 def insist(call: Callable[[], object]) -> int:
     """Call as the worker does, until the server answers; how often that took."""
     for tries in range(1, 20):
@@ -292,8 +303,9 @@ def test_a_server_out_of_memory_writes_nothing_and_goes_on_later(server, namespa
     store.client.config_set("maxmemory", 1)
     try:
         for each in (batch(namespace, 2), dropping):
-            with pytest.raises(StoreUnavailableError):
+            with pytest.raises(StoreUnavailableError) as refused:
                 store.commit(each)
+            assert refused.value.reason == "out_of_memory"
         assert everything(server, namespace) == before
     finally:
         store.client.config_set("maxmemory", 0)
@@ -306,8 +318,9 @@ def test_a_server_that_became_read_only_is_unavailable_not_an_end(server, namesp
     store.commit(batch(namespace, 1))
     store.client.replicaof("127.0.0.1", free_port())
     try:
-        with pytest.raises(StoreUnavailableError):
+        with pytest.raises(StoreUnavailableError) as refused:
             store.commit(batch(namespace, 2))
+        assert refused.value.reason == "read_only"
     finally:
         store.client.replicaof("NO", "ONE")
     store.commit(batch(namespace, 2))

@@ -118,27 +118,43 @@ def test_an_integer_that_a_command_returns_is_the_exit_code(monkeypatch: pytest.
         assert program.invoke(["config"]) == code
 
 
-def test_a_server_that_is_not_there_is_exit_code_3_and_one_line(tmp_path: Path) -> None:
-    script = textwrap.dedent(
-        f"""
-        import sys, redis, typer
-        from worker.cli import app
-        def ping(): redis.Redis.from_url("redis://127.0.0.1:{free_port()}").ping()
-        app._Later.load = lambda self: typer.main.get_command(app._alone(ping))
-        sys.exit(app.invoke(["config"]))
-        """
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+@pytest.mark.parametrize(
+    "command", ["run", "check", "gate nhits", "record --out recorded.zst", "models mute nhits", "explain --last"]
+)
+def test_a_server_that_is_not_there_is_named_with_the_remedy_and_exit_code_3(tmp_path: Path, command: str) -> None:
+    port = free_port()
+    done = quartet(
+        *command.split(), "--redis", f"redis://me:hunter2@127.0.0.1:{port}", "--http-port", "0", cwd=tmp_path
     )
     assert (done.returncode, done.stdout) == (3, "")
-    assert re.fullmatch(r"error: Redis is not reachable: .*; check --redis and that the server runs\n", done.stderr)
+    assert "hunter2" not in done.stderr
+    assert re.fullmatch(
+        rf"error: Redis at redis://me:\*\*\*@127.0.0.1:{port} is not reachable: .*refused; "
+        r"check --redis and that the server runs\n",
+        done.stderr,
+    )
+
+
+def test_a_server_that_does_not_know_the_user_is_named_with_the_remedy(tmp_path: Path, valkey: str) -> None:
+    url = valkey.replace("://", "://me:hunter2@", 1)
+    done = quartet("check", "--redis", url, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "hunter2" not in done.stderr
+    assert re.fullmatch(
+        r"error: Redis at \w+://me:\*\*\*@.* refused the login: .*; check the user and password in --redis\n",
+        done.stderr,
+    )
+
+
+@pytest.mark.parametrize("cause", [redis.ConnectionError("gone"), redis.TimeoutError("gone")])
+def test_a_server_that_goes_away_later_is_told_the_same_way(cause: Exception) -> None:
+    error = StoreUnavailableError("gone")
+    error.__cause__ = cause
+    found = errors.expected(error)
+    assert (str(found), found and found.exit_code) == (
+        "Redis is not reachable: gone; check --redis and that the server runs",
+        3,
+    )
 
 
 def test_ctrl_c_is_quiet_and_exit_code_130(tmp_path: Path) -> None:
