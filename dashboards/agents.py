@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dashboards.board import Board, Row
 from dashboards.panels import BLUE, GREEN, RED, YELLOW, Query, chart, figure, listing, states
+from streams.messages import HORIZON
 from worker.quality import WINDOW, QualityLimits
 
 STATES = "Agent states"
 MUTED = "QuartetAgentMuted"
 SCORES = "Scores"
-HORIZON = 12
-"""Bars after which a vote is scored, `worker.scoreboard.HORIZON`: that module takes seconds to import."""
 LIMITS = QualityLimits()
 MINE = 'agent="$agent"'
 

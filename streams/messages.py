@@ -74,6 +74,13 @@ AGENTS = ("xgboost", "lightgbm", "nhits", "patchtst")
 """Every agent this program knows, in the order in which they are shown and summed."""
 
 
+CANARY = "_canary"
+"""What an agent's name ends with while it is a version beside the running one."""
+
+HORIZON = 12
+"""Bars ahead that the models expect the return of, and after which a vote is scored."""
+
+
 def bar_id(symbol: str, interval: str, ts: int) -> str:
     """The same on Redis, on Kafka and in replay; readers remove duplicates by it."""
     return f"{symbol}|{interval}|{ts}"

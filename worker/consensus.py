@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from streams.messages import Action, AgentState, Status
+from streams.messages import CANARY, Action, AgentState, Status
 from worker.batches import STATE_CODE, Ballot, Signals
 
 TIE = 1e-12
@@ -43,7 +43,7 @@ def decide(
     confidence = np.stack([b.confidence for b in ballots], axis=1)
     state = np.stack([b.state for b in ballots], axis=1)
     named = action != Action.ABSTAIN
-    counts = np.array([not b.agent.endswith("_canary") for b in ballots])
+    counts = np.array([not b.agent.endswith(CANARY) for b in ballots])
     voting = named & (state == _ACTIVE)
     canary = named & (state == _CANARY)
     effective = effective_weights(np.array([b.weight for b in ballots]), voting, canary, canary_share)

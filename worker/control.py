@@ -15,9 +15,8 @@ import orjson
 
 from agents.agent import Model
 from agents.artifacts import Loading
-from streams.messages import AGENTS, AgentState, Entry, Event, Reason
+from streams.messages import AGENTS, CANARY, AgentState, Entry, Event, Reason
 from worker.pipeline import Pipeline
-from worker.qsc import CANARY
 from worker.roster import Artifact
 
 STAGE, REASON = "control", "order"

@@ -19,7 +19,7 @@ from streams.codec import to_json
 from streams.contracts import FEATURE_SETS
 from streams.formats import FormatReader
 from streams.keys import Keys
-from streams.messages import AGENTS, Action, AgentState, Bar, Entry
+from streams.messages import AGENTS, CANARY, Action, AgentState, Bar, Entry
 from streams.recording import Recorded, Recording, RecordingError
 from streams.store import id_tuple
 from streams.validation import LATEST_TS_MS
@@ -29,7 +29,6 @@ from worker.batches import STATE_CODE, Ballot
 from worker.errors import CheckFailed, UsageError
 from worker.features.bank import FeatureBank
 from worker.intake import Intake
-from worker.qsc import CANARY
 from worker.replay.outline import VOTES
 from worker.replay.shelf import Shelf
 from worker.settings import Settings

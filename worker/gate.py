@@ -15,12 +15,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from streams.messages import Action, AgentState, Reason, bar_id
+from streams.messages import CANARY, HORIZON, Action, AgentState, Reason, bar_id
 from streams.validation import interval_ms, missing_bars
 from worker.batches import STATE_CODE
 from worker.qsc import FAILURES, Safeguard, Watched, kind_of
 from worker.quality import CRITERIA, QualityLimits
-from worker.scoreboard import HORIZON, Scores, is_right, scores_of
+from worker.scoreboard import Scores, is_right, scores_of
 from worker.stretch import Close, Stretch
 
 Outcome = Literal["PASS", "FAIL", "INSUFFICIENT"]
@@ -94,7 +94,7 @@ def observe(
     fingerprints: Mapping[str, int] | None = None,
 ) -> tuple[Watched, NDArray[np.int64]]:
     """What a fresh safeguard sees in the votes, and what each of them was (`worker.qsc.kind_of`)."""
-    base = agent.removesuffix("_canary")
+    base = agent.removesuffix(CANARY)
     known = fingerprints or {}
     kinds = np.array([_kind(vote) for vote in stretch], np.int64)
     width = max((len(vote["outputs"]) for vote in stretch if vote["outputs"] is not None), default=1)

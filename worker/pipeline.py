@@ -17,14 +17,14 @@ from agents.agent import Model
 from streams.codec import StateCorruptError
 from streams.contracts import FEATURE_SETS, V3, FeatureSet
 from streams.formats import FormatReader
-from streams.messages import AgentState, Bar, Entry, Event, Reason, Reject
+from streams.messages import CANARY, AgentState, Bar, Entry, Event, Reason, Reject
 from streams.validation import Limits
 from worker import consensus, trials
 from worker.batches import Ballot, Signals, Vectors
 from worker.ensemble import EnsembleWatch
 from worker.features.bank import FeatureBank
 from worker.intake import Accepted, Intake
-from worker.qsc import CANARY, Safeguard
+from worker.qsc import Safeguard
 from worker.quality import EnsembleLimits, QualityLimits
 from worker.roster import Artifact, Record, Trial, records_of
 from worker.scoreboard import Scoreboard, threshold_of
@@ -76,12 +76,16 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class AgentReport:
-    """One agent as it stands: its state, the reason (None where all is well), its model or refusal."""
+    """One agent as it stands: its state, the reason (None where all is well), its model or refusal.
+
+    `detail` says for a person what mends it, where there is something to say.
+    """
 
     agent: str
     state: AgentState
     reason: str | None
     seat: Seat
+    detail: str = ""
 
 
 class Pipeline:
@@ -271,7 +275,8 @@ class Pipeline:
         reports = []
         for stage in self.voting.stages:
             state, why = self.safeguard.status(stage.seat.agent, stage.state)
-            reports.append(AgentReport(stage.seat.agent, state, why or stage.reason, stage.seat))
+            detail = stage.seat.refusal.detail if stage.seat.refusal else ""
+            reports.append(AgentReport(stage.seat.agent, state, why or stage.reason, stage.seat, detail))
         return reports
 
     def agent_changes(self) -> list[tuple[bytes, bytes]]:

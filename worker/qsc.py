@@ -15,13 +15,11 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from streams.messages import AGENTS, Action, AgentState, Bar, Event, Reason
+from streams.messages import AGENTS, CANARY, Action, AgentState, Bar, Event, Reason
 from worker import qsc_kernel as kernel
 from worker.batches import STATE_CODE, STATES, Ballot, Vectors
 from worker.features.packing import SeriesStore
 from worker.quality import CRITERIA, WINDOW, QualityLimits
-
-CANARY = "_canary"
 
 FAILURES = CRITERIA[5:]
 """The reasons of abstentions that are attempts; `insufficient_history` is none."""

@@ -20,13 +20,12 @@ import redis
 from streams.contracts import FEATURE_SETS
 from streams.inputs import REFRESH_S, Inputs
 from streams.keys import Keys
-from streams.messages import AGENTS
+from streams.messages import AGENTS, CANARY
 from streams.recording import MIB, Lost, Recorded, RecordingError, Writer, drop_cut, lock, part_path, read_tail
 from streams.redis import find_keys
 from streams.store import FIRST_ID, GONE, StreamFacts, id_tuple
 from worker.builds import build
 from worker.errors import CheckFailed, UsageError
-from worker.qsc import CANARY
 
 FLUSH_S = 0.7
 """A frame is ended at least this often: what a killed recorder may lose, with one read."""

@@ -19,16 +19,13 @@ from numpy.typing import NDArray
 
 from agents.agent import Model
 from agents.sidecars import DEFAULT_THRESHOLD
-from streams.messages import AGENTS, Action, Status
+from streams.messages import AGENTS, CANARY, HORIZON, Action, Status
 from streams.validation import interval_ms, missing_bars
 from worker.batches import Ballot, Signals, Vectors
 from worker.features.kernel import compiled
 from worker.features.packing import SeriesStore
 from worker.intake import Accepted
-from worker.qsc import CANARY
 
-HORIZON = 12
-"""Bars after which a vote is scored: the horizon that models are trained on."""
 WINDOW = 500
 CONSENSUS = "consensus"
 SLOTS = (*AGENTS, *(agent + CANARY for agent in AGENTS), CONSENSUS)

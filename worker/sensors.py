@@ -9,11 +9,11 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from streams.messages import Action, AgentState, Event, Reason, Status
+from streams.messages import CANARY, Action, AgentState, Event, Reason, Status
 from streams.store import Position, StreamFacts
 from worker.batches import Ballot, Signals
 from worker.drift import DriftWatch
-from worker.metrics import CANARY, CRITERIA, Metrics
+from worker.metrics import CRITERIA, Metrics
 from worker.pipeline import Pipeline, Result
 from worker.scoreboard import CONSENSUS
 

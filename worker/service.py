@@ -15,7 +15,7 @@ from agents.artifacts import Loading
 from streams.codec import StateCorruptError, encode_reject
 from streams.inputs import REFRESH_S, Inputs
 from streams.keys import Keys
-from streams.messages import AgentState, Bar, Entry, Event, Reason
+from streams.messages import CANARY, AgentState, Bar, Entry, Event, Reason
 from streams.redis import with_baseline
 from streams.store import (
     Batch,
@@ -34,7 +34,6 @@ from worker.http import Condition
 from worker.lease import LeaseKeeper
 from worker.notify import Notifier
 from worker.pipeline import PARTS, AgentReport, Pipeline, trial_seat
-from worker.qsc import CANARY
 from worker.rebuild import Rebuilt, rebuild
 from worker.reload import Shelf, Steered, Steering
 from worker.roster import Artifact, Record, records_of
@@ -125,7 +124,7 @@ class Worker:
         self._shelf = shelf
         self._loadings = [shelf.serving(agent, records.get(agent, Record())) for agent in settings.agents]
         self.pipeline = make_pipeline(self._seats())
-        self._states: dict[str, tuple[AgentState, str | None]] = {}
+        self._states: dict[str, tuple[str | None, ...]] = {}
         self._cautious = 0
         self._idle_since: float | None = None
         self._levels_at = 0.0
@@ -514,16 +513,15 @@ class Worker:
     # ------------------------------------------------------------------ telling
 
     def _tell_agents(self) -> None:
-        """Log and publish each agent's change of state, once."""
+        """Log and publish each agent's change of state, of its reason or of its model, once."""
         reports = self.pipeline.reports()
-        states = {report.agent: (report.state, report.seat.sha256) for report in reports}
+        states = {report.agent: _told(report) for report in reports}
         if states == self._states:
             return
         for report in reports:
             if self._states.get(report.agent) != states[report.agent]:
                 line = f"agent is {report.state}"
-                version = report.seat.model.version if report.seat.model else None
-                self.log.info(line, agent=report.agent, reason=report.reason, version=version)
+                self.log.info(line, agent=report.agent, reason=report.reason, version=report.seat.version)
         self._states = states
         self.sensors.agents(self.pipeline)
         self.status.agents(self.pipeline)
@@ -539,12 +537,11 @@ class Worker:
         counts = f"{len(states)} configured, {loaded} loaded, {eligible} eligible, quorum {self.settings.quorum}"
         if eligible + warming < self.settings.quorum:
             missing = [f"{r.agent} {r.state} {r.reason or ''}".strip() for r in reports if r.state != AgentState.ACTIVE]
-            why = "; ".join(missing)
-            self.log.warning(f"ensemble below quorum: {counts}: every signal will be HOLD below_quorum: {why}")
-        elif warming:
-            self.log.info(f"ensemble warming up: {counts}")
-        else:
-            self.log.info(f"ensemble ready: {counts}")
+            line = f"ensemble below quorum: {counts}: every signal will be HOLD below_quorum: {'; '.join(missing)}"
+            self.log.warning(line)
+            return
+        line = f"ensemble warming up: {counts}" if warming else f"ensemble ready: {counts}"
+        self.log.info(line)
 
     def _tell_events(self, events: Sequence[Event]) -> None:
         self.sensors.events(events)
@@ -571,6 +568,11 @@ class Worker:
         lengths = self._reaching(lambda: self.store.lengths(list(outputs.values())))
         for name, key in outputs.items():
             self.sensors.metrics.length(name, lengths[key])
+
+
+def _told(report: AgentReport) -> tuple[str | None, ...]:
+    """What is told of an agent, anew where any of it changes."""
+    return str(report.state), report.reason, report.detail, report.seat.version, report.seat.sha256
 
 
 def _on_bar(event: Event, bars: Sequence[Bar]) -> Event:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from streams.messages import AgentState
+from streams.messages import CANARY, AgentState
 from streams.validation import interval_ms
 from worker.http import Condition, Readiness
 from worker.pipeline import Pipeline, Result
-from worker.qsc import CANARY
 
 FRESH_INTERVALS = 3
 

@@ -13,9 +13,9 @@ import redis
 
 from streams.codec import from_json
 from streams.keys import Keys
+from streams.messages import HORIZON
 from streams.recording import Recorded, Recording
 from worker.qsc import fingerprint
-from worker.scoreboard import HORIZON
 
 _PAGE = 1_000
 

@@ -15,6 +15,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from streams.messages import CANARY
 from worker.quality import QualityLimits
 
 WORST_FEATURES = 3
@@ -171,7 +172,7 @@ def _agents(rows: Sequence[AgentRow], limits: Mapping[str, QualityLimits]) -> Ta
     for name in ("agent", "state", "last vote", "BUY/SELL", "HOLD", "dev", "range", "hits", "weight", "version"):
         table.add_column(name, no_wrap=name != "state", overflow="fold")
     for row in rows:
-        limit = limits.get(row.agent.removesuffix("_canary"), QualityLimits())
+        limit = limits.get(row.agent.removesuffix(CANARY), QualityLimits())
         state = f"{row.state} {row.reason}".strip()
         table.add_row(
             row.agent,

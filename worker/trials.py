@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from streams.messages import Action, Bar, Event
+from streams.messages import CANARY, Action, Bar, Event
 from worker.batches import Ballot
-from worker.qsc import CANARY
 from worker.roster import Trial
 
 

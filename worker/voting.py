@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 
 from agents.agent import Model, Refusal
 from streams.contracts import FEATURE_SETS, FeatureSet
-from streams.messages import AGENTS, Action, AgentState, Reason
+from streams.messages import AGENTS, CANARY, Action, AgentState, Reason
 from worker.batches import STATE_CODE, Ballot, Vectors
 from worker.features.windows import SequenceWindows
-from worker.qsc import CANARY
 
 log = structlog.get_logger()
 
@@ -51,6 +50,10 @@ class Seat:
     def sha256(self) -> str | None:
         """The hash of the artifact in use."""
         return None if self.model is None else self.model.sha256
+
+    @property
+    def version(self) -> str | None:
+        return None if self.model is None else self.model.version
 
 
 class AgentStage:

@@ -2,9 +2,9 @@
 
 Run with a Python 3.11 of its own, which needs a `redis-server` on its path and nothing else of ours:
 
-    python3.11 -m venv /tmp/golden
-    /tmp/golden/bin/pip install cryptofeed==2.4.1 nautilus_trader==1.221.0 redis
-    /tmp/golden/bin/python tests/formats/make_golden.py
+    python3.11 -m venv DIR
+    DIR/bin/pip install cryptofeed==2.4.1 nautilus_trader==1.221.0 redis
+    DIR/bin/python tests/formats/make_golden.py
 
 Prices are made up; every byte around them is the libraries'. Each line of a sample is one entry:
 key, ID and fields in base64. No exchange is connected to: cryptofeed's Binance and Kraken adapters are

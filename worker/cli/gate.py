@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from streams.messages import CANARY
 from worker.cli.options import with_settings
 from worker.errors import CheckFailed, UsageError
 from worker.settings import Settings
@@ -41,7 +42,7 @@ def gate(
     """
     from worker.gate import judge, score
 
-    base = agent.removesuffix("_canary")
+    base = agent.removesuffix(CANARY)
     if base not in settings.quality:
         raise UsageError(f"unknown agent {agent}; the agents are {', '.join(settings.quality)}")
     count = _LAST if last is None and first is None else last

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from agents import scalers, xgb
+from streams.messages import HORIZON
 from worker.demo.scene import training_bars
-from worker.training.dataset import HORIZON, make_samples, split
+from worker.training.dataset import make_samples, split
 from worker.training.train import fit_scaler
 from worker.training.trees import TreeData, fit_xgboost
 from worker.training.writing import SUFFIXES, Artifact, publish

@@ -17,13 +17,13 @@ import numpy as np
 import orjson
 
 from agents.agent import Refusal
-from streams.messages import Action, AgentState, Entry, Event, Reason
+from streams.messages import CANARY, Action, AgentState, Entry, Event, Reason
 from streams.validation import LATEST_TS_MS
 from worker.assembly import load_options, pipeline_factory
 from worker.batches import STATE_CODE, Ballot, Vectors
 from worker.errors import CheckFailed
 from worker.pipeline import Pipeline, Result
-from worker.qsc import CANARY, Safeguard
+from worker.qsc import Safeguard
 from worker.replay.outline import VOTES, Outline, Step, steps_in_order
 from worker.replay.shelf import Shelf
 from worker.replay.source import Source

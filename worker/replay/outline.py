@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from streams.messages import Entry
+from streams.messages import CANARY, Entry
 from streams.recording import Lost, Recorded, Recording, decode
 from streams.store import id_tuple
 
@@ -113,7 +113,7 @@ class Outline:
     def _event(self, event: Mapping[str, Any]) -> None:
         evidence: Mapping[str, Any] = event["evidence"] or {}
         for agent, named in self._named(event, evidence):
-            self.hashes[agent.removesuffix("_canary"), named["version"]] = named["sha256"], named.get("file", "")
+            self.hashes[agent.removesuffix(CANARY), named["version"]] = named["sha256"], named.get("file", "")
         if event["kind"] == "gap" and event["reason"] == "lost" and "after" in evidence:
             evidence = {**evidence, "position": {evidence["key"]: evidence["after"]}}
         if "position" not in evidence:

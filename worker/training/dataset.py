@@ -14,13 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streams.contracts import V3, FeatureSet
+from streams.messages import HORIZON
 from worker.errors import UsageError
 from worker.features.bank import FeatureBank
 from worker.training.bars import Bars
 from worker.training.labels import find_runs, has_future, path_labels
 
-HORIZON = 12
-"""Bars from the one judged to the one whose close decides."""
 WINDOW = 64
 """Bars that a network sees."""
 SHARES = (0.70, 0.15, 0.15)

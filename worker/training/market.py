@@ -67,15 +67,6 @@ class Market:
         )
 
 
-@dataclass(frozen=True)
-class Stretches:
-    """What a demonstration trains on, and the later bars that it shows; nothing is in both."""
-
-    market: Market
-    training: Bars
-    shown: Bars
-
-
 def generate(
     symbols: int = 20,
     bars: int = 1_500,
@@ -102,20 +93,6 @@ def generate(
     ts = end_ts // MINUTE_MS * MINUTE_MS - MINUTE_MS * np.arange(bars - 1, -1, -1, dtype=np.int64)
     names = tuple(f"SYN{i + 1:0{max(2, len(str(symbols)))}d}" for i in range(symbols))
     return Market(names, ts, ohlcv, cycle[BURN_IN:])
-
-
-def stretches(
-    *,
-    symbols: int = 20,
-    training: int = 1_500,
-    gap: int = 60,
-    shown: int = 600,
-    seed: int = 0,
-    end_ts: int = 1_750_000_020_000,
-) -> Stretches:
-    """One market cut in time: `training` bars, `gap` bars left out, `shown` bars up to `end_ts`."""
-    market = generate(symbols, training + gap + shown, seed, end_ts)
-    return Stretches(market, market.bars(0, training), market.bars(training + gap))
 
 
 def _ar2() -> tuple[float, float]:

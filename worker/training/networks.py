@@ -19,7 +19,8 @@ from torch import nn
 
 from agents.nhits import NHiTS
 from agents.patchtst import PatchTST
-from worker.training.dataset import HORIZON, WINDOW
+from streams.messages import HORIZON
+from worker.training.dataset import WINDOW
 
 EPOCHS = 6
 """Most passes."""

@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from agents import lgbm, nhits, patchtst, scalers, xgb
 from agents.agent import Built, Family, Outputs
 from agents.artifacts import discover
-from streams.messages import AGENTS
+from streams.messages import AGENTS, HORIZON
 from worker.errors import UsageError
 from worker.quality import QualityLimits
 from worker.training import networks, trees
 from worker.training.bars import Bars
-from worker.training.dataset import HORIZON, WINDOW, Parts, Samples, make_samples, split
+from worker.training.dataset import WINDOW, Parts, Samples, make_samples, split
 from worker.training.figures import Figures, measure, muting_warning, safeguard_warnings
 from worker.training.writing import SUFFIXES, Artifact, free_stem, prepare_folder, publish
 

@@ -5,10 +5,11 @@ import pandas as pd
 import pytest
 
 from streams.contracts import V3
+from streams.messages import HORIZON
 from worker.errors import UsageError
 from worker.features.bank import FeatureBank
 from worker.training.bars import Bars
-from worker.training.dataset import HORIZON, WINDOW, make_samples, split
+from worker.training.dataset import WINDOW, make_samples, split
 from worker.training.labels import find_runs
 from worker.training.market import generate
 

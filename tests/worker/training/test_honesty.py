@@ -8,8 +8,7 @@ all eight checks but once in two thousand markets, and the market is seeded.
 import numpy as np
 import pytest
 
-from streams.messages import AGENTS
-from worker.training.dataset import HORIZON
+from streams.messages import AGENTS, HORIZON
 
 
 def _chance(votes):

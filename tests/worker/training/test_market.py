@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from worker.training.market import generate, stretches
+from worker.training.market import generate
 
 
 def _forward(log_close, horizon=12):
@@ -82,14 +82,6 @@ def test_returns_of_the_noise_are_uncorrelated():
     for lag in (1, 5, 12, 26):
         correlation = np.corrcoef(returns[lag:], returns[:-lag])[0, 1]
         assert abs(correlation) < 5 / np.sqrt(len(returns)), lag
-
-
-def test_the_stretch_trained_on_ends_before_the_stretch_shown_begins():
-    cut = stretches(symbols=2, training=40, gap=10, shown=20, end_ts=1_750_000_020_000)
-    assert len(cut.training) == 80
-    assert len(cut.shown) == 40
-    assert cut.shown.ts[0] - cut.training.ts[-1] == 11 * 60_000
-    assert cut.shown.ts[-1] == 1_750_000_020_000
 
 
 def test_it_says_that_it_is_synthetic():
