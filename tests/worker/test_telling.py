@@ -47,11 +47,11 @@ def test_muted_agents_leave_it_below_quorum_and_the_log_names_each_with_its_reas
     told.desk.feed(BARS[:80])
     told.lines("ensemble")
     told.desk.order("mute", "xgboost")
-    (line,) = told.lines("ensemble")
+    ((level, line),) = told.lines("ensemble")
+    assert level == "warning"
     assert line == (
-        "warning",
         "ensemble below quorum: 2 configured, 2 loaded, 1 eligible, quorum 2: "
-        "every signal will be HOLD below_quorum: xgboost muted operator",
+        "every signal will be HOLD below_quorum: xgboost muted operator"
     )
     told.desk.feed(BARS[80:90])
     assert told.desk.signals()[-1]["status"] == "below_quorum"
@@ -65,3 +65,16 @@ def test_a_refused_agent_that_is_needed_leaves_it_below_quorum_before_any_bar(de
     assert level == "warning"
     assert line.startswith("ensemble below quorum: 2 configured, 1 loaded, 0 eligible, quorum 2: ")
     assert line.endswith(": xgboost warming_up insufficient_history; lightgbm refused no_artifact")
+
+
+def test_where_only_the_reason_changes_the_log_and_readyz_say_the_new_one(desk, versions):
+    """Muted by the safeguard, then by an operator too: it is the operator who has to end it."""
+    told = Told(desk, quality={"minimum": 20, "action_share": 0.3, "hold_share": 0.3})
+    told.desk.feed(BARS)
+    first = told.facts("xgboost")
+    assert (first["state"], first["reason"]) in {("muted", "action_collapse"), ("muted", "dead_zone")}
+    told.lines("agent is")
+    told.desk.order("mute", "xgboost")
+    second = told.facts("xgboost")
+    assert (second["state"], second["reason"]) == ("muted", "operator")
+    assert told.lines("agent is") == [("info", "agent is muted")]
