@@ -1,16 +1,15 @@
 """PyTorch checkpoints: bytes to tensors without running anything, and a module to a network of independent rows.
 
-Shared by `agents.nhits` and `agents.patchtst`. `torch.load` is called with `weights_only=True` and
-nothing else; what it will not read is refused, never read another way.
+Shared by `agents.nhits` and `agents.patchtst`. `agents.tensor_pickle` judges the bytes first;
+`torch.load` is called with `weights_only=True` and nothing else, and what it will not read is refused,
+never read another way.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-import pickletools
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from agents import tensor_pickle
 from agents.agent import Refused
+from agents.tensor_pickle import DamagedError
+from agents.unpickle import UnsafeError
 from streams.messages import Reason
 
 ROW_BLOCK = 8
@@ -30,13 +32,7 @@ MAX_ROWS = 256
 """Larger batches are cut here, so that no row is ever computed at a size that was not tested."""
 
 _NESTED = ("metadata", "config", "model_config", "hyperparameters")
-_NAMES_CODE = re.compile(
-    r"unsupported GLOBAL:?(?: GLOBAL)? [a-z_][\w.]*\.[a-z_]\w*"
-    r"|Can only (?:create new object|build) .{0,80}|call reduce for .{0,80}",
-    re.IGNORECASE,
-)
-_CALLS = frozenset({"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"})
-
+AGAIN = "copy the file again, or save it again with torch.save(model.state_dict(), path)"
 
 _NUMBERS = frozenset(("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1"))
 
@@ -86,16 +82,19 @@ def read(data: bytes) -> Checkpoint:
     Raises `Refused`: `unsafe_artifact` where the file names code, `corrupt_artifact` where it
     cannot be read or claims more than it holds.
     """
-    _refuse_packed(data)
     try:
-        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        judged = tensor_pickle.checked(data)
+    except UnsafeError as error:
+        raise _unsafe(str(error)) from error
+    except DamagedError as error:
+        raise _no_checkpoint(data, str(error)) from error
+    try:
+        loaded = torch.load(io.BytesIO(judged), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise _unreadable(data, error) from error
+        # torch's own text advises to load without `weights_only`: it goes nowhere.
+        raise _no_checkpoint(data, f"torch does not read it ({type(error).__name__})") from error
     if not isinstance(loaded, Mapping):
-        raise _corrupt(
-            f"holds a {type(loaded).__name__}, expected a state dict or a dict with model_state_dict; save again with "
-            "torch.save(model.state_dict(), path)"
-        )
+        raise _corrupt(f"holds a {type(loaded).__name__}, expected a state dict or a dict with model_state_dict")
     inner = loaded.get("model_state_dict")
     checkpoint = Checkpoint(inner, _beside(loaded)) if isinstance(inner, Mapping) else Checkpoint(loaded, {})
     _refuse_oversold(checkpoint.state, len(data))
@@ -269,8 +268,15 @@ def _beside(loaded: Mapping[Any, Any]) -> dict[str, Any]:
         if isinstance(loaded.get(key), Mapping):
             flat.update(loaded[key])
     flat.update(loaded)
-    plain = (str, int, float, list, tuple)
-    return {key: value for key, value in flat.items() if isinstance(key, str) and isinstance(value, plain)}
+    return {key: value for key, value in flat.items() if isinstance(key, str) and _plain(value)}
+
+
+def _plain(value: object) -> bool:
+    """A scalar, or one row of scalars: a few bytes can nest lists that take for ever to print."""
+    scalar = (str, int, float, bool, type(None))
+    if isinstance(value, list | tuple):
+        return all(isinstance(item, scalar) for item in value)
+    return isinstance(value, str | int | float)
 
 
 def _dense_floats(value: object) -> bool:
@@ -282,46 +288,17 @@ def _dense_floats(value: object) -> bool:
     )
 
 
-def _refuse_packed(data: bytes) -> None:
-    """`torch.save` stores its records as they are; a packed archive can hold far more than its size."""
-    if not data.startswith(b"PK"):
-        return
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise _corrupt(f"has an archive that is damaged ({error}); copy it again") from error
-    if any(re.search(r"(^|/)(code/|constants\.pkl$)", entry.filename) for entry in entries):
-        raise _unsafe("a compiled module")
-    claimed = sum(entry.file_size for entry in entries)
-    if claimed > len(data):
-        raise _corrupt(f"of {len(data)} bytes unpacks to {claimed}; save it again with torch.save, unpacked")
-
-
 def _refuse_oversold(state: Mapping[str, Any], size: int) -> None:
     """A few bytes can describe a tensor of any size; nothing may claim more than the file holds."""
     dense = [v for v in state.values() if isinstance(v, Tensor) and v.layout == torch.strided]
     storages = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in dense}
     claimed = max(sum(storages.values()), sum(v.numel() * v.element_size() for v in dense) // 2)
     if claimed > size:
-        raise _corrupt(f"of {size} bytes claims tensors of {claimed} bytes; save it again")
+        raise _corrupt(f"of {size} bytes claims tensors of {claimed} bytes")
 
 
-def _unreadable(data: bytes, error: Exception) -> Refused:
-    text = " ".join(str(error).split())
-    if named := _NAMES_CODE.search(text):
-        return _unsafe(named[0])
-    if data[:2] in (b"\x80\x04", b"\x80\x05") and _calls(data):
-        return _unsafe("a pickle of objects, not of tensors")
-    return _corrupt(f"cannot be read ({type(error).__name__}: {text[:200]}); copy or save it again")
-
-
-def _calls(data: bytes) -> bool:
-    """Whether a pickle that torch does not read names anything to call; its opcodes are listed, not run."""
-    try:
-        return any(opcode.name in _CALLS for opcode, _, _ in pickletools.genops(data))
-    except (ValueError, UnicodeDecodeError, IndexError):
-        return False
+def _no_checkpoint(data: bytes, why: str) -> Refused:
+    return _corrupt(f"is not one that torch.save wrote, or is damaged: {why} (it begins with {data[:8]!r})")
 
 
 def _unsafe(found: str) -> Refused:
@@ -333,4 +310,4 @@ def _unsafe(found: str) -> Refused:
 
 
 def _corrupt(detail: str) -> Refused:
-    return Refused(Reason.CORRUPT_ARTIFACT, f"the checkpoint {detail}")
+    return Refused(Reason.CORRUPT_ARTIFACT, f"the checkpoint {detail}; {AGAIN}")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import pickletools
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Container, Hashable
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -80,7 +80,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class _Name:
+class Name:
     """A permitted name. Inert: nothing of what it names is ever imported here."""
 
     full: str
@@ -106,7 +106,7 @@ class _Array:
 
 
 @dataclass
-class _Budget:
+class Budget:
     """What a file may still make the reader do: `steps` opcodes or entries, `size` bytes copied."""
 
     steps: int
@@ -123,11 +123,18 @@ class _Budget:
             raise ValueError("the same bytes copied again and again")
 
 
+class UnsafeError(Exception):
+    """Raised on what could name or make code run; the text says what it was."""
+
+
 class _Mark:
     """Where the arguments of an opcode begin on the stack."""
 
 
 _MARK = _Mark()
+
+BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, AttributeError)
+"""What the readers raise on a stream that does not hold together."""
 
 
 def read(data: bytes, limit: int = containers.MAX_BYTES) -> Any:
@@ -140,8 +147,14 @@ def read(data: bytes, limit: int = containers.MAX_BYTES) -> Any:
     plain = containers.unpack(data, limit)
     stream = io.BytesIO(plain)
     try:
-        return _Reader(stream, _Budget(MAX_OPCODES, 2 * limit)).run()
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, AttributeError) as error:
+        return Reader(stream, Budget(MAX_OPCODES, 2 * limit)).run()
+    except UnsafeError as error:
+        raise Refused(
+            Reason.UNSAFE_ARTIFACT,
+            f"the pickle holds {error}: nothing was executed; "
+            "export the model as .ubj, .txt or .pth and the scaler as .json",
+        ) from error
+    except BROKEN as error:
         raise _corrupt(f"not a readable pickle at byte {stream.tell()}: {error}") from error
 
 
@@ -150,13 +163,14 @@ def describe(value: Any) -> str:
     return value.name if isinstance(value, Record) else type(value).__name__
 
 
-class _Reader:
+class Reader:
     """One pickle stream: a stack, a memo and a handler for each opcode that real files use."""
 
-    def __init__(self, stream: io.BytesIO, budget: _Budget, *, nested: bool = False) -> None:
+    def __init__(self, stream: io.BytesIO, budget: Budget, *, nested: bool = False) -> None:
         self.stream, self.budget, self.nested = stream, budget, nested
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.handlers = HANDLERS
 
     def run(self) -> Any:
         while True:
@@ -167,9 +181,9 @@ class _Reader:
             argument = None if opcode.arg is None else opcode.arg.reader(self.stream)
             if opcode.name == "STOP":
                 return _finished(self.pop())
-            handler = _HANDLERS.get(opcode.name)
+            handler = self.handlers.get(opcode.name)
             if handler is None:
-                raise _unsafe(f"the pickle opcode {opcode.name}, which no model file needs")
+                raise UnsafeError(f"the pickle opcode {opcode.name}, which no model file needs")
             handler(self, argument)
 
     def push(self, value: Any) -> None:
@@ -201,13 +215,21 @@ class _Reader:
 
     def global_(self, argument: str) -> None:
         module, _, name = argument.partition(" ")
-        self.push(_lookup(module, name))
+        self.push(self.lookup(module, name))
 
     def stack_global(self, _: Any) -> None:
         name, module = self.pop(), self.pop()
         if not isinstance(module, str) or not isinstance(name, str):
-            raise _unsafe("a name that is not text")
-        self.push(_lookup(module, name))
+            raise UnsafeError("a name that is not text")
+        self.push(self.lookup(module, name))
+
+    def lookup(self, module: str, name: str) -> Name:
+        """The token of a permitted name."""
+        return permitted(module, name, NAMES)
+
+    def call(self, full: str, arguments: tuple[Any, ...]) -> Any:
+        """What a call of a permitted name gives."""
+        return rebuilt(full, arguments, self.budget)
 
     def extend_list(self, items: list[Any]) -> None:
         target = self.top()
@@ -227,18 +249,18 @@ class _Reader:
 
     def reduce(self, _: Any) -> None:
         arguments, function = self.pop(), self.pop()
-        if not isinstance(function, _Name):
-            raise _unsafe(f"a call of {describe(function)}, which is not a permitted name")
+        if not isinstance(function, Name):
+            raise UnsafeError(f"a call of {describe(function)}, which is not a permitted name")
         if type(arguments) is not tuple:
             raise ValueError("arguments that are not a tuple")
-        self.push(_call(function.full, arguments, self.budget))
+        self.push(self.call(function.full, arguments))
 
     def new_object(self, _: Any) -> None:
         arguments, cls = self.pop(), self.pop()
-        if not isinstance(cls, _Name) or cls.full not in _RECORDS:
-            raise _unsafe(f"an instance of {cls.full if isinstance(cls, _Name) else describe(cls)}")
+        if not isinstance(cls, Name) or cls.full not in _RECORDS:
+            raise UnsafeError(f"an instance of {cls.full if isinstance(cls, Name) else describe(cls)}")
         if arguments != ():
-            raise _unsafe(f"constructor arguments for {cls.full}")
+            raise UnsafeError(f"constructor arguments for {cls.full}")
         self.push(Record(cls.full))
 
     def build(self, _: Any) -> None:
@@ -255,15 +277,15 @@ class _Reader:
             if target.name == _WRAPPER:
                 self.stack[-1] = self.wrapped_array(target.state)
         else:
-            raise _unsafe(f"a state for {describe(target)}")
+            raise UnsafeError(f"a state for {describe(target)}")
 
     def wrapped_array(self, state: dict[str, Any]) -> Any:
         """The array whose raw bytes, or whose own pickle stream, joblib wrote at this place."""
-        if self.nested or state["subclass"] != _Name("numpy.ndarray"):
-            raise _unsafe("an array inside an array, or of a class other than numpy.ndarray")
+        if self.nested or state["subclass"] != Name("numpy.ndarray"):
+            raise UnsafeError("an array inside an array, or of a class other than numpy.ndarray")
         dtype, shape = _as_dtype(state["dtype"]), _shape(state["shape"])
         if dtype.kind == "O":
-            value = _Reader(self.stream, self.budget, nested=True).run()
+            value = Reader(self.stream, self.budget, nested=True).run()
             if not isinstance(value, tuple):
                 raise ValueError("an object array that does not hold text")
             return value
@@ -272,29 +294,29 @@ class _Reader:
         return _array(self.stream.read(_n_bytes(dtype, shape)), dtype, shape, state["order"], self.budget)
 
 
-def _constant(value: Any) -> Callable[[_Reader, Any], None]:
+def _constant(value: Any) -> Callable[[Reader, Any], None]:
     return lambda reader, _: reader.push(value)
 
 
-def _tuple(n: int) -> Callable[[_Reader, Any], None]:
-    def handler(reader: _Reader, _: Any) -> None:
+def _tuple(n: int) -> Callable[[Reader, Any], None]:
+    def handler(reader: Reader, _: Any) -> None:
         reader.push(tuple(_finished(reader.pop()) for _ in range(n))[::-1])
 
     return handler
 
 
-def _memoize(reader: _Reader, key: int | None) -> None:
+def _memoize(reader: Reader, key: int | None) -> None:
     place = len(reader.memo) if key is None else key
     if not 0 <= place < MAX_OPCODES:
         raise ValueError("a place in the memo that no pickler gives")
     reader.memo[place] = reader.top()
 
 
-def _nothing(_reader: _Reader, _argument: Any) -> None:
+def _nothing(_reader: Reader, _argument: Any) -> None:
     pass
 
 
-_HANDLERS: dict[str, Callable[[_Reader, Any], None]] = {
+HANDLERS: dict[str, Callable[[Reader, Any], None]] = {
     "PROTO": _nothing,
     "FRAME": _nothing,
     "MARK": _constant(_MARK),
@@ -319,30 +341,30 @@ _HANDLERS: dict[str, Callable[[_Reader, Any], None]] = {
     "PUT": _memoize,
     "BINPUT": _memoize,
     "LONG_BINPUT": _memoize,
-    "GET": _Reader.get,
-    "BINGET": _Reader.get,
-    "LONG_BINGET": _Reader.get,
-    "GLOBAL": _Reader.global_,
-    "STACK_GLOBAL": _Reader.stack_global,
-    "REDUCE": _Reader.reduce,
-    "NEWOBJ": _Reader.new_object,
-    "BUILD": _Reader.build,
+    "GET": Reader.get,
+    "BINGET": Reader.get,
+    "LONG_BINGET": Reader.get,
+    "GLOBAL": Reader.global_,
+    "STACK_GLOBAL": Reader.stack_global,
+    "REDUCE": Reader.reduce,
+    "NEWOBJ": Reader.new_object,
+    "BUILD": lambda r, argument: r.build(argument),
 }
-_HANDLERS |= dict.fromkeys(
+HANDLERS |= dict.fromkeys(
     "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 "
     "BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split(),
-    _Reader.push,
+    Reader.push,
 )
 
 
-def _lookup(module: str, name: str) -> _Name:
+def permitted(module: str, name: str, names: Container[str]) -> Name:
     full = f"{module}.{name}"
     for old, new in _ALIASES.items():
         if full.startswith(old):
             full = new + full[len(old) :]
-    if full not in NAMES or "." in name:
-        raise _unsafe(f"the name {name[:80]!r} of module {module[:80]!r}")
-    return _Name(full)
+    if full not in names or "." in name:
+        raise UnsafeError(f"the name {name[:80]!r} of module {module[:80]!r}")
+    return Name(full)
 
 
 def _key(key: Any) -> Hashable:
@@ -360,15 +382,15 @@ def _finished(value: Any) -> Any:
     return value.value if isinstance(value, _Array) and value.value is not None else value
 
 
-def _call(full: str, arguments: tuple[Any, ...], budget: _Budget) -> Any:
+def rebuilt(full: str, arguments: tuple[Any, ...], budget: Budget) -> Any:
     """The few rebuilds. Each takes plain values and gives a plain value."""
     if full in _RECORDS:
         if arguments:
-            raise _unsafe(f"constructor arguments for {full}")
+            raise UnsafeError(f"constructor arguments for {full}")
         return Record(full)
     if full in _MAPPINGS:
-        if arguments and arguments != (_Name("collections.OrderedDict"),):
-            raise _unsafe(f"constructor arguments for {full}")
+        if arguments and arguments != (Name("collections.OrderedDict"),):
+            raise UnsafeError(f"constructor arguments for {full}")
         return {}
     if full == "numpy.dtype":
         return _dtype(arguments[0])
@@ -376,18 +398,18 @@ def _call(full: str, arguments: tuple[Any, ...], budget: _Budget) -> Any:
         dtype, data = arguments
         return _scalar(dtype, data, budget)
     if full == "numpy._core.multiarray._reconstruct":
-        if arguments[0] != _Name("numpy.ndarray"):
-            raise _unsafe("an array of a class other than numpy.ndarray")
+        if arguments[0] != Name("numpy.ndarray"):
+            raise UnsafeError("an array of a class other than numpy.ndarray")
         return _Array()
     if full == "numpy._core.numeric._frombuffer":
         data, dtype, shape, order = arguments
         return _array(data, _as_dtype(dtype), _shape(shape), order, budget)
     if full in ("builtins.bytearray", "builtins.bytes", "_codecs.encode"):
         return _bytes(arguments, budget)
-    raise _unsafe(f"a call of {full}")
+    raise UnsafeError(f"a call of {full}")
 
 
-def _bytes(arguments: tuple[Any, ...], budget: _Budget) -> bytes:
+def _bytes(arguments: tuple[Any, ...], budget: Budget) -> bytes:
     """`bytearray()`, of bytes, or of text in latin-1: the ways in which pickle writes bytes."""
     match arguments:
         case ():
@@ -397,7 +419,7 @@ def _bytes(arguments: tuple[Any, ...], budget: _Budget) -> bytes:
         case (bytearray() | str() as data, *encoding) if encoding in ([], ["latin-1"], ["latin1"]):
             budget.copy(len(data))
             return data.encode("latin-1") if isinstance(data, str) else bytes(data)
-    raise _unsafe("bytes of something else than bytes or text in latin-1")
+    raise UnsafeError("bytes of something else than bytes or text in latin-1")
 
 
 def _dtype(code: Any) -> _Dtype:
@@ -425,7 +447,7 @@ def _as_dtype(value: Any) -> _Dtype:
     return value
 
 
-def _scalar(dtype: Any, data: Any, budget: _Budget) -> Any:
+def _scalar(dtype: Any, data: Any, budget: Budget) -> Any:
     dtype = _as_dtype(dtype)
     if dtype.kind == "O":
         raise ValueError("a scalar of objects")
@@ -444,7 +466,7 @@ def _n_bytes(dtype: _Dtype, shape: tuple[int, ...]) -> int:
     return prod(shape) * dtype.numpy().itemsize
 
 
-def _array(data: Any, dtype: _Dtype, shape: tuple[int, ...], order: Any, budget: _Budget) -> NDArray[Any]:
+def _array(data: Any, dtype: _Dtype, shape: tuple[int, ...], order: Any, budget: Budget) -> NDArray[Any]:
     """An array over its own copy of exactly as many bytes as its shape needs."""
     if type(data) not in (bytes, bytearray) or dtype.kind == "O" or order not in ("C", "F"):
         raise ValueError("the data of an array")
@@ -456,7 +478,7 @@ def _array(data: Any, dtype: _Dtype, shape: tuple[int, ...], order: Any, budget:
     return native.reshape(shape, order=order)
 
 
-def _array_of_state(state: Any, budget: _Budget) -> NDArray[Any] | tuple[str, ...]:
+def _array_of_state(state: Any, budget: Budget) -> NDArray[Any] | tuple[str, ...]:
     """`(version, shape, dtype, is Fortran, data)` of an array; text held as objects is a tuple."""
     _, shape, dtype, fortran, data = state
     shape, dtype = _shape(shape), _as_dtype(dtype)
@@ -467,14 +489,6 @@ def _array_of_state(state: Any, budget: _Budget) -> NDArray[Any] | tuple[str, ..
     if type(data) is not list or shape != (len(data),) or not all(type(item) is str for item in data):
         raise ValueError("an object array that is not one row of text")
     return tuple(data)
-
-
-def _unsafe(what: str) -> Refused:
-    return Refused(
-        Reason.UNSAFE_ARTIFACT,
-        f"the pickle holds {what}: nothing was executed; "
-        "export the model as .ubj, .txt or .pth and the scaler as .json",
-    )
 
 
 def _corrupt(detail: str) -> Refused:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import pickle
+import subprocess
+import sys
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents import checkpoint, nhits, patchtst
+from agents import checkpoint, nhits
 from agents.agent import Refused
 from streams.messages import Reason
 from tests.agents import builders
@@ -78,6 +82,159 @@ def test_a_compiled_archive_is_refused_as_code():
 @pytest.mark.parametrize("value", [[1, 2], torch.zeros(3), "text", 3])
 def test_something_else_than_a_dict_is_refused(value):
     assert refusal(builders.saved(value)).reason is Reason.CORRUPT_ARTIFACT
+
+
+class Call:
+    """Pickled, this is a call of a permitted kind of function with arguments of the file's choice."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+def archive_of(value) -> bytes:
+    """A small checkpoint whose data.pkl is the pickle of `value`."""
+    plain, made = io.BytesIO(builders.saved({"a": torch.zeros(2)})), io.BytesIO()
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(made, "w") as target:
+        for entry in source.infolist():
+            data = pickle.dumps(value, 2) if entry.filename.endswith("/data.pkl") else source.read(entry)
+            target.writestr(entry.filename, data)
+    return made.getvalue()
+
+
+def legacy_of(value) -> bytes:
+    """The older kind: magic number, version and machine as torch writes them, then the pickle of `value`."""
+    old = builders.saved({}, _use_new_zipfile_serialization=False)
+    stream = io.BytesIO(old)
+    for _ in range(3):
+        pickle.load(stream)
+    return old[: stream.tell()] + pickle.dumps(value, 2) + pickle.dumps([], 2)
+
+
+def legacy_bomb(size: int) -> bytes:
+    """An older checkpoint whose one tensor of 2 numbers lies in a storage said to hold `size`."""
+    old = builders.saved({"a": torch.zeros(2)}, _use_new_zipfile_serialization=False)
+    claim = b"X\x03\x00\x00\x00cpu"
+    assert old.count(claim) == 1
+    at = old.index(b"K\x02N", old.index(claim))
+    return old[:at] + b"J" + size.to_bytes(4, "little") + old[at + 2 :]
+
+
+BOMBS = {
+    "bytearray": (bytearray, 700_000_000),
+    "Tensor": (torch.Tensor, 13_000, 13_000),
+    "UntypedStorage": (torch.UntypedStorage, 700_000_000),
+    "set": (set, (1, 2)),
+    "Counter": (Counter, {"a": 1}),
+    "complex": (complex, 1.0, 2.0),
+}
+
+
+@pytest.mark.parametrize("kind", [archive_of, legacy_of])
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_name_that_tensors_do_not_need_is_refused_and_named(kind, name):
+    """torch's own list for `weights_only` allows all of these."""
+    found = refusal(kind({"a": Call(*BOMBS[name])}))
+    assert found.reason is Reason.UNSAFE_ARTIFACT
+    assert name in found.detail
+
+
+def test_text_of_another_encoding_is_refused():
+    """`encode` in hex doubles what it is given, and could be called again and again."""
+    assert refusal(archive_of({"a": Call(codecs.encode, b"ab", "hex")})).reason is Reason.UNSAFE_ARTIFACT
+
+
+@pytest.mark.parametrize("kind", [archive_of, legacy_of])
+def test_what_training_loops_keep_beside_the_tensors_is_read(kind):
+    kept = {"loss": np.float64(0.5), "n": np.int64(3), "device": torch.device("cpu"), "size": torch.Size([1, 2])}
+    kept |= {"dtype": torch.float32, "window": 4}
+    found = checkpoint.read(kind({"model_state_dict": OrderedDict(), **kept}))
+    assert (found.metadata["loss"], found.metadata["n"], found.metadata["window"]) == (0.5, 3, 4)
+
+
+MEMORY = """
+import resource, sys
+from agents import checkpoint
+from agents.agent import Refused
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    checkpoint.read(sys.stdin.buffer.read())
+except Refused as refused:
+    print(refused.refusal.reason, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def nest(depth: int) -> tuple:
+    """Shared at every level: a few bytes of pickle, 2 ** depth items to whoever prints it."""
+    value: tuple = ("x",)
+    for _ in range(depth):
+        value = (value, value)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (archive_of({"a": Call(bytearray, 700_000_000)}), "unsafe_artifact"),
+        (legacy_of({"a": Call(bytearray, 700_000_000)}), "unsafe_artifact"),
+        (legacy_bomb(200_000_000), "corrupt_artifact"),
+    ],
+    ids=["bytearray", "bytearray in the older kind", "storage of the older kind"],
+)
+def test_a_small_file_cannot_ask_for_much_memory(data, reason):
+    """Each asks for 700 MB and more; reading it may cost 64 MiB. In a process of its own, as the peak never falls."""
+    assert len(data) < 2000
+    run = [sys.executable, "-W", "ignore", "-c", MEMORY]
+    done = subprocess.run(run, input=data, capture_output=True, cwd=Path(__file__).parents[2], check=True)
+    found, grown = done.stdout.split()
+    assert found.decode() == reason
+    assert int(grown) < 64 * 1024
+
+
+def test_nested_values_beside_the_tensors_are_not_kept():
+    assert "window" not in checkpoint.read(archive_of({"model_state_dict": {}, "window": nest(60)})).metadata
+
+
+def test_a_storage_larger_or_smaller_than_its_record_is_refused(good):
+    """What torch reads is what was judged: each record of the archive has exactly the bytes that are claimed."""
+    at = good.index(b"K\x10t", good.index(b"storage"))
+    found = refusal(repacked(good, at, b"K\x11t"))
+    assert found.reason is Reason.CORRUPT_ARTIFACT
+    assert "claims 68 bytes" in found.detail
+
+
+def repacked(good: bytes, at: int, other: bytes) -> bytes:
+    """The archive with bytes of data.pkl changed, its checksums right again."""
+    made = io.BytesIO()
+    old = good[at : at + len(other)]
+    with zipfile.ZipFile(io.BytesIO(good)) as source, zipfile.ZipFile(made, "w") as target:
+        for entry in source.infolist():
+            data = source.read(entry)
+            if entry.filename.endswith("/data.pkl"):
+                data = data.replace(old, other, 1)
+            target.writestr(entry.filename, data)
+    return made.getvalue()
+
+
+@pytest.mark.parametrize("data", [b"not a model", b"PK\x03\x04 and nothing more", b"\x80\x02]q\x00.", b""])
+def test_no_refusal_passes_on_what_torch_advises(data):
+    """torch advises to switch its safety off; an operator is told to copy or save the file again."""
+    found = refusal(data)
+    assert "weights_only" not in found.detail
+    assert repr(data[:8]) in found.detail
+    assert found.detail.endswith("copy the file again, or save it again with torch.save(model.state_dict(), path)")
+
+
+def test_a_file_that_torch_alone_refuses_is_told_without_its_text(monkeypatch):
+    def advises(*_, **__):
+        raise RuntimeError("Re-running torch.load with weights_only set to False will likely succeed")
+
+    monkeypatch.setattr(torch, "load", advises)
+    found = refusal(builders.saved({"a": torch.zeros(2)}))
+    assert "weights_only" not in found.detail
+    assert "RuntimeError" in found.detail
 
 
 NO_CHECKPOINTS = [
@@ -144,9 +301,9 @@ def test_a_state_dict_under_another_name_is_refused_with_its_keys(small):
 
 def test_sparse_tensors_are_refused():
     state = builders.token_state(8, 16, 16, 1) | {"input_proj.weight": torch.zeros(16, 8).to_sparse()}
-    with pytest.raises(Refused) as caught:
-        patchtst.build(patchtst.parse(builders.saved(state), ".pth"), {})
-    assert caught.value.refusal.reason is Reason.STATE_DICT_MISMATCH
+    found = refusal(builders.saved(state))
+    assert found.reason is Reason.UNSAFE_ARTIFACT
+    assert "_rebuild_sparse_tensor" in found.detail
 
 
 def test_tensors_that_are_views_into_one_storage_give_the_same_bits(small):
