@@ -24,8 +24,8 @@ def test_forty_kills_change_nothing_that_comes_out(stage, valkey):
     assert hits >= 30, "blind kills prove nothing"
 
 
-def test_kills_change_nothing_with_all_four_agents_on_a_redis_server(stage, redis7):
-    assert killed_equals_calm(lambda name: stage(redis7, AGENTS, name), 3, seed=21, batch=64) == 3
+def test_kills_change_nothing_with_all_four_agents(stage, valkey):
+    assert killed_equals_calm(lambda name: stage(valkey, AGENTS, name), 3, seed=21, batch=64) == 3
 
 
 def test_the_program_itself_is_killed_and_goes_on(stage, valkey):

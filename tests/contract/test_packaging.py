@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
+import sys
+import sysconfig
 import tomllib
+import venv
 from fnmatch import fnmatch
 
 import pytest
@@ -55,3 +59,34 @@ def test_every_requirement_is_pinned_exactly() -> None:
 
 def test_torch_is_pinned_by_its_plain_number() -> None:
     assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text().splitlines()
+
+
+def test_what_pip_installs_from_a_wheel_works_by_itself(tmp_path) -> None:
+    """Into an empty environment that borrows only the libraries of this one, away from the source tree."""
+    source = tmp_path / "source"
+    for name in [*files(), "pyproject.toml", "README.md", "LICENSE"]:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", str(source)]
+    subprocess.run([*build, "--wheel-dir", str(tmp_path)], cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("quartet_worker-*.whl")
+    home = tmp_path / "empty"
+    venv.create(home, with_pip=False)
+    libraries = sysconfig.get_path("purelib")
+    site = next((home / "lib").glob("python*/site-packages"))
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(install, cwd=tmp_path, check=True, capture_output=True)
+    check = (
+        "import sys; from importlib.resources import files; import streams, agents.xgb, worker.pipeline, worker.page;"
+        "assert streams.__file__.startswith(sys.prefix), streams.__file__;"
+        "assert files('streams').joinpath('commit.lua').is_file();"
+        "assert files('worker.page').joinpath('static', 'page.js').is_file();"
+        "from worker.cli.app import invoke; sys.exit(invoke(['--version']))"
+    )
+    # The libraries come after the wheel; an editable install of the source tree is not among plain paths.
+    done = subprocess.run(
+        [home / "bin" / "python", "-c", f"import sys; sys.path.append({libraries!r}); {check}"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("quartet ")
