@@ -232,12 +232,13 @@ class Pipeline:
 
     def promote(self, agent: str) -> None:
         """The version beside the running one takes its seat."""
-        running, beside = self._stage(agent), self._stage(agent + CANARY)
+        beside = self._stage(agent + CANARY)
         model = beside.seat.model
         assert model is not None  # noqa: S101 - a trial has a model
-        running.active = running.active or beside.active
         # The model has its new seat before it loses the old one: its windows stay.
         self.install(agent, model, pinned=True)
+        running = self._stage(agent)
+        running.active = running.active or beside.active
         self.end_trial(agent)
 
     def _stage(self, agent: str) -> AgentStage:
@@ -249,6 +250,16 @@ class Pipeline:
     def _seat(self, seat: Seat) -> None:
         self.voting.reseat(seat)
         self.features.set_sets(self._sets_in_use())
+        stage = self._stage(seat.agent)
+        stage.active = stage.active or self._is_warm(seat)
+
+    def _is_warm(self, seat: Seat) -> bool:
+        """Whether the model of a seat can vote on any series as things stand."""
+        if seat.model is None:
+            return False
+        if seat.model.window > 1:
+            return self.voting.holds_window(seat.model)
+        return self.features.is_warm(seat.model.feature_set)
 
     def settle(self) -> tuple[dict[str, list[tuple[bytes, bytes]]], list[str]]:
         """What to commit, state and drops, after changes between two batches that no batch follows."""
@@ -310,7 +321,8 @@ class Pipeline:
         changed = stored.artifact is not None and not stored.artifact.is_same(now)
         before = stored.artifact if changed else stored.before
         self.records[agent] = replace(stored, artifact=now, before=before)
-        stage.active = stored.active
+        stays = stored.active and not changed and stage.seat.model is not None
+        stage.active = stays or self._is_warm(stage.seat)
         if changed:
             self._forget_votes(agent)
         if beside is not None and stored.trial is not None:

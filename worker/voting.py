@@ -179,6 +179,11 @@ def compute_alone() -> None:
         torch.set_num_threads(1)
 
 
+def _reads(seat: Seat) -> tuple[str, int] | None:
+    """The set and the window that a seat's model reads."""
+    return None if seat.model is None else (seat.model.feature_set, seat.model.window)
+
+
 def _place(stage: AgentStage) -> tuple[bool, int]:
     """Canaries after all agents, each in the one order of agents, however they came."""
     agent = stage.seat.agent.removesuffix(CANARY)
@@ -229,15 +234,25 @@ class VotingStage:
         return stage is not None and stage.seat.model is not None
 
     def reseat(self, seat: Seat) -> None:
-        """Swap one agent's model between two batches, or add one; its place and its warm-up stay."""
+        """Swap one agent's model between two batches, or add one; its place stays.
+
+        Its warm-up stays too where the new model reads the same set over the same window; else the
+        agent is warming up until a series has the window that it needs.
+        """
         for place, stage in enumerate(self.stages):
             if stage.seat.agent == seat.agent:
-                self.stages[place] = AgentStage(seat, active=stage.active)
+                active = stage.active and _reads(stage.seat) == _reads(seat)
+                self.stages[place] = AgentStage(seat, active=active)
                 break
         else:
             self.stages.append(AgentStage(seat))
             self.stages.sort(key=_place)
         self._tidy_windows()
+
+    def holds_window(self, model: Model) -> bool:
+        """Whether any series has the whole window of vectors that a sequence model reads."""
+        ring = self._windows.get(model.feature_set)
+        return ring is not None and int(ring.counts.max(initial=0)) >= model.window
 
     def remove(self, agent: str) -> None:
         """Take the seat of a canary away."""

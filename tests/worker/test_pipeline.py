@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -40,10 +41,7 @@ class Chain:
 
     def feed(self, entries: Sequence[Entry]) -> Chain:
         result = self.pipeline.process(entries, LAST_TS + 120_000)
-        for part in result.drops:
-            self.stored[part] = {}
-        for part, fields in result.state.items():
-            self.stored[part].update(fields)
+        self.keep(result.state, result.drops)
         signals = signal_messages(result)
         self.signals += signals
         for ballot in result.ballots:
@@ -54,6 +52,12 @@ class Chain:
         self.messages += [to_json([id_, *row]) for id_, *row in zip(result.voted_ids, *columns, strict=True)]
         self.results.append(result)
         return self
+
+    def keep(self, state: Mapping[str, Sequence[tuple[bytes, bytes]]], drops: Sequence[str]) -> None:
+        for part in drops:
+            self.stored[part] = {}
+        for part, fields in state.items():
+            self.stored[part].update(fields)
 
     def restart(self) -> Chain:
         last = self.pipeline.intake.ids.last
@@ -175,6 +179,52 @@ def test_an_entry_that_is_no_bar_changes_nothing_of_the_others(whole: Chain) -> 
     assert chain.messages == whole.messages
     assert [(r.entry, r.stage) for r in chain.results[0].rejects] == [(bad, "intake")]
     assert chain.results[0].accepted.outcomes == {"accepted": len(ENTRIES), "rejected": 1}
+
+
+# ---------------------------------------------------------------------- another model under the name
+
+LONG = market(3, 70)
+SWAP = 3 * 45
+"""Bars before the swap: each series has had 21 ready vectors of v3, and none of v2 with a warm-up of 60."""
+LATE = {"v3": 25, "v2": 60}
+NEXT = {
+    # At bar 60 v2 is ready for the first series; windows of 30 are full at bar 25 + 29, those of 8 at once.
+    "another set": (model("nhits", feature_set="v2"), 3 * 59),
+    "a longer window": (model("nhits", falling, window=30), 3 * 53),
+    "a shorter window": (model("nhits", falling, window=4), SWAP),
+    "a window of another set": (model("nhits", feature_set="v2", window=3), 3 * 61),
+    "no window": (model("nhits", falling), SWAP),
+}
+
+
+@pytest.mark.parametrize("how", ["reload", "reload and restart", "restart with another"])
+@pytest.mark.parametrize("size", [1, 7, 256])
+@pytest.mark.parametrize("which", NEXT)
+def test_an_agent_is_active_with_another_model_from_the_first_row_on_which_that_can_vote(
+    which: str, size: int, how: str
+) -> None:
+    """Until then it is warming up in votes, reports and counts, whatever the model before it was."""
+    other, first = NEXT[which]
+    chain = Chain(warmup_bars=LATE)
+    for batch in batches(LONG[:SWAP], size):
+        chain.feed(batch)
+    other = replace(other, sha256="2" * 64)
+    seats = [s if s.agent != "nhits" else Seat("nhits", 0.25, other) for s in SEATS]
+    chain.make = lambda: Pipeline(seats, warmup_bars=LATE)
+    if "reload" in how:
+        chain.pipeline.install("nhits", other, pinned=False)
+        chain.keep(*chain.pipeline.settle())
+    if "restart" in how:
+        chain.restart()
+    (report,) = [r for r in chain.pipeline.reports() if r.agent == "nhits"]
+    assert report.state == ("active" if first == SWAP else "warming_up")
+    for batch in batches(LONG[SWAP:], size):
+        chain.feed(batch)
+    after = chain.votes["nhits"][SWAP - 3 * 24 :]
+    assert [v["state"] for v in after] == ["warming_up"] * (first - SWAP) + ["active"] * (len(LONG) - first)
+    assert {v["action"] for v in after[: first - SWAP]} <= {"ABSTAIN"}
+    assert after[first - SWAP]["action"] != "ABSTAIN"
+    assert [s["eligible"] for s in chain.signals[-len(after) :]] == [3] * (first - SWAP) + [4] * (len(LONG) - first)
 
 
 # ---------------------------------------------------------------------- stored state

@@ -82,6 +82,12 @@ class FeatureBank:
         advance(rows, bars, restart, self._extended, self._store.state, self._store.ring, records, counts)
         return np.take(out, self._columns, axis=1), counts[:, self._groups] >= self._warmup
 
+    def is_warm(self, name: str) -> bool:
+        """Whether the set of this name, one in use, is ready for any series."""
+        place = next(place for place, feature_set in enumerate(self.sets) if feature_set.name == name)
+        bars = self._store.state["extended" if self._groups[place] else "count"]
+        return bool((bars >= self._warmup[place]).any())
+
     def changes(self, rows: NDArray[np.int64]) -> list[tuple[bytes, bytes]]:
         """What to store after an update with these `rows`: fields and blobs.
 
