@@ -38,7 +38,8 @@ class Model:
 
     `features` are the columns it reads, in its own order, all of `feature_set`; `window` is the
     number of ready vectors it needs, 1 for the tree models. A row's outputs are bit-equal whatever
-    other rows share its batch.
+    other rows share its batch. `sha256` is the model file's; `digest` covers its scaler and metadata too:
+    two artifacts of one digest vote alike.
     """
 
     agent: str
@@ -57,6 +58,7 @@ class Model:
     detail: str = ""
     architecture: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
+    digest: str = ""
 
     @property
     def input_shape(self) -> tuple[int, ...]:

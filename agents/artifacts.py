@@ -129,7 +129,8 @@ def _load(candidate: Candidate, options: LoadOptions, facts: dict[str, Any]) -> 
     # Readable and safe.
     parsed = _read_model(family, candidate, options, facts)
     found = sidecars.read_scaler(candidate)
-    metadata = sidecars.read_metadata(candidate)
+    metadata, metadata_sha256 = sidecars.found_metadata(candidate)
+    facts["digest"] = _digest(facts["sha256"], "" if found is None else found.sha256, metadata_sha256)
 
     # Architecture.
     built = _recognise(family, parsed, metadata)
@@ -202,7 +203,13 @@ def _model(
         detail=detail,
         architecture=built.architecture,
         facts=dict(facts),
+        digest=facts["digest"],
     )
+
+
+def _digest(*parts: str) -> str:
+    """One hash over those of model, scaler and metadata; whichever is absent is empty."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _examine(candidate: Candidate, options: LoadOptions) -> Loading:

@@ -15,7 +15,7 @@ import orjson
 from agents import matching, scalers
 from agents.agent import Refused, Scaler
 from agents.discovery import Candidate
-from agents.manifest import read_verified
+from agents.manifest import read_verified, sha256
 from streams.messages import Reason
 
 DEFAULT_THRESHOLD = 0.001
@@ -59,6 +59,7 @@ class FoundScaler:
     file: Path
     own: bool
     content: scalers.ScalerFile
+    sha256: str
 
 
 def read_scaler(candidate: Candidate) -> FoundScaler | None:
@@ -74,7 +75,7 @@ def read_scaler(candidate: Candidate) -> FoundScaler | None:
     data = read_verified(file, SIDECAR_MAX_BYTES)
     try:
         with broken_is(Reason.CORRUPT_ARTIFACT, "reading it"):
-            return FoundScaler(file, file in own, scalers.parse(data, file.suffix))
+            return FoundScaler(file, file in own, scalers.parse(data, file.suffix), sha256(data))
     except Refused as refused:
         raise Refused(refused.refusal.reason, f"{file.name}: {refused.refusal.detail}") from refused
 
@@ -84,11 +85,17 @@ def read_metadata(candidate: Candidate) -> dict[str, Any]:
 
     Raises `Refused` with `corrupt_artifact`, or `unsafe_artifact` as of `read_once`.
     """
+    return found_metadata(candidate)[0]
+
+
+def found_metadata(candidate: Candidate) -> tuple[dict[str, Any], str]:
+    """As `read_metadata`, with the SHA-256 of the file, empty where there is none."""
     file = next(filter(_exists, map(candidate.beside, ("_meta.json", "_metadata.json"))), None)
     if file is None:
-        return {}
+        return {}, ""
+    data = read_verified(file, SIDECAR_MAX_BYTES)
     try:
-        metadata = orjson.loads(read_verified(file, SIDECAR_MAX_BYTES))
+        metadata = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         raise Refused(Reason.CORRUPT_ARTIFACT, f"{file.name} is not JSON: {error}; write it again") from error
     if not isinstance(metadata, dict):
@@ -97,7 +104,7 @@ def read_metadata(candidate: Candidate) -> dict[str, Any]:
             Reason.CORRUPT_ARTIFACT, f"expected a JSON object in {file.name}, found a {found}; write it again"
         )
     check_levels(metadata)
-    return metadata
+    return metadata, sha256(data)
 
 
 def fitting_scaler(

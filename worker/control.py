@@ -212,8 +212,7 @@ def reload(pipeline: Pipeline, loading: Loading, order: Order | None) -> Event:
             told["file"] = str(loading.candidate.file)
         return Event("reload_refused", agent=agent, reason=reason, detail=f"{detail}; {kept}", evidence=told)
     pipeline.install(agent, loading.model, pinned=False)
-    same = Artifact.of(loading.model).is_same(replaced)
-    what = "the same artifact, read again" if same else f"{loading.model.version} serves"
+    what = Artifact.of(loading.model).change(replaced)
     detail = "; ".join(part for part in (what, loading.model.detail, loading.note) if part)
     return Event("reload", agent=agent, detail=detail, evidence={**told, **_swap(loading.model, replaced)})
 

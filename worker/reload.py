@@ -25,12 +25,12 @@ Listing = tuple[tuple[str, int, int], ...]
 
 
 class Shelf:
-    """The artifacts of the models folder, and those loaded already, by hash."""
+    """The artifacts of the models folder, and those loaded already."""
 
     def __init__(self, models: Path, options: LoadOptions) -> None:
         self.models = models
         self.options = options
-        self._held: dict[tuple[str, str, str], Loading] = {}
+        self._held: dict[tuple[str, Artifact], Loading] = {}
         self._served: dict[tuple[str, Artifact | None, bool], Loading] = {}
 
     def newest(self, agent: str) -> Loading:
@@ -43,8 +43,19 @@ class Shelf:
         return self._hold(load_file(inside if Path(file).name == file else Path(file), agent, self.options))
 
     def exact(self, agent: str, artifact: Artifact) -> Loading:
-        """The artifact of that hash and no other."""
-        held = self._held.get((agent, artifact.version, artifact.sha256))
+        """The artifact of that hash and no other, with the scaler and metadata that it served with."""
+        loading = self._same_file(agent, artifact)
+        if loading.model is None or artifact.is_beside(Artifact.of(loading.model)):
+            return loading
+        detail = (
+            f"the scaler or the metadata beside {loading.model.file.name} are not those that it served with: put them "
+            f"back, or serve what is there with `quartet models reload {agent}`"
+        )
+        return Loading(agent, None, Refusal(Reason.NO_ARTIFACT, detail), loading.candidate, loading.facts)
+
+    def _same_file(self, agent: str, artifact: Artifact) -> Loading:
+        """The model file of that hash; another scaler or other metadata may lie beside it by now."""
+        held = self._held.get((agent, artifact))
         if held is not None:
             return held
         return self._hold(load_exact(self.models, agent, artifact.file, artifact.sha256, self.options))
@@ -59,18 +70,19 @@ class Shelf:
     def _serve(self, agent: str, record: Record) -> Loading:
         if record.artifact is None:
             return self.newest(agent)
-        loading = self.exact(agent, record.artifact)
+        find = self.exact if record.pinned else self._same_file
+        loading = find(agent, record.artifact)
         return loading if loading.model is not None or record.pinned else self.newest(agent)
 
     def _hold(self, loading: Loading) -> Loading:
         if loading.model is not None:
-            self._held[loading.agent, loading.model.version, loading.model.sha256] = loading
+            self._held[loading.agent, Artifact.of(loading.model)] = loading
         return loading
 
     def keep(self, records: Mapping[str, Record]) -> None:
         """Let go of every model that no record names."""
         named = {
-            (agent, artifact.version, artifact.sha256)
+            (agent, artifact)
             for agent, record in records.items()
             for artifact in (record.artifact, record.before, record.trial and record.trial.artifact)
             if artifact

@@ -13,22 +13,42 @@ from streams.messages import AgentState
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """A model file: where it was found, the version in its name, and the hash that decides whether it is the one."""
+    """A model file: where it was found, the version in its name, its hash, and the digest that decides.
+
+    The digest is over the model, its scaler and its metadata; state written before there was one has none.
+    """
 
     file: str
     version: str
     sha256: str
+    digest: str = ""
 
     @classmethod
     def of(cls, model: Model) -> Artifact:
-        return cls(str(model.file), model.version, model.sha256)
+        return cls(str(model.file), model.version, model.sha256, model.digest)
 
     def is_same(self, other: Artifact | None) -> bool:
-        """Whether both are one, wherever they lie. Two versions may share a model and differ in what lies beside it."""
-        return other is not None and (self.version, self.sha256) == (other.version, other.sha256)
+        """Whether both are one, wherever they lie, with the same scaler and metadata."""
+        return other is not None and self.is_file(other) and self.is_beside(other)
+
+    def is_file(self, other: Artifact) -> bool:
+        """Whether the version and the model file are one, whatever lies beside it."""
+        return (self.version, self.sha256) == (other.version, other.sha256)
+
+    def is_beside(self, other: Artifact) -> bool:
+        """Whether model, scaler and metadata are the same bytes, as far as both digests are known."""
+        return not self.digest or not other.digest or self.digest == other.digest
+
+    def change(self, before: Artifact | None) -> str:
+        """In words, how this one differs from what served before."""
+        if self.is_same(before):
+            return "the same artifact, read again"
+        beside = before is not None and self.is_file(before)
+        return f"{self.version} serves" + (" with another scaler or other metadata than before" if beside else "")
 
     def evidence(self) -> dict[str, str]:
-        return {"version": self.version, "sha256": self.sha256, "file": self.file}
+        told = {"version": self.version, "sha256": self.sha256, "file": self.file}
+        return {**told, "digest": self.digest} if self.digest else told
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +93,7 @@ class Record:
 
 
 def _plain(artifact: Artifact | None) -> list[Any] | None:
-    return None if artifact is None else [artifact.file, artifact.version, artifact.sha256]
+    return None if artifact is None else [artifact.file, artifact.version, artifact.sha256, artifact.digest]
 
 
 def records_of(fields: Mapping[bytes, bytes]) -> dict[str, Record]:

@@ -310,7 +310,8 @@ class Worker:
             return Event("agent_refused", agent=loading.agent, reason=reason, detail=detail)
         before, now = record.artifact, Artifact.of(loading.model)
         changed = before is not None and not before.is_same(now)
-        detail = "; ".join(part for part in (loading.model.detail, loading.note) if part)
+        what = now.change(before) if changed else ""
+        detail = "; ".join(part for part in (what, loading.model.detail, loading.note) if part)
         replaces = {"replaces": before.evidence()} if changed and before is not None else {}
         kind = "reload" if changed else "agent_loaded"
         return Event(kind, agent=loading.agent, detail=detail, evidence=now.evidence() | replaces)
@@ -439,6 +440,7 @@ class Worker:
         if steered:
             self._tell_steered(steered)
         self._tell_agents()
+        self.sensors.standing(self.status)
         self._tell_events(result.events)
 
     def _approach(self, entries: Sequence[Entry]) -> frozenset[tuple[str, str]]:
@@ -533,7 +535,7 @@ class Worker:
         loaded = sum(state is not AgentState.REFUSED for state in states)
         eligible = sum(state is AgentState.ACTIVE for state in states)
         warming = sum(state is AgentState.WARMING_UP for state in states)
-        self.sensors.metrics.ensemble({"configured": len(states), "loaded": loaded, "eligible": eligible})
+        self.sensors.standing(self.status)
         counts = f"{len(states)} configured, {loaded} loaded, {eligible} eligible, quorum {self.settings.quorum}"
         if eligible + warming < self.settings.quorum:
             missing = [f"{r.agent} {r.state} {r.reason or ''}".strip() for r in reports if r.state != AgentState.ACTIVE]

@@ -8,12 +8,13 @@ import shutil
 import threading
 from pathlib import Path
 
+from streams.codec import seal
 from streams.contracts import V3
-from tests.worker.orders import FIRST, LAZY, SECOND, market, put
+from tests.worker.orders import FIRST, LAZY, SECOND, market, put, trial
 from worker.assembly import load_agents, load_options
 from worker.logs import make_logger
 from worker.reload import Shelf, Watcher
-from worker.roster import Record
+from worker.roster import Artifact, Record
 from worker.settings import Settings
 
 BARS = market(2, 200)
@@ -163,6 +164,72 @@ def test_a_refused_newest_is_said_once_and_tried_again_when_it_changes(desk, ver
     turn_until(one, lambda: one.events("reload"))
     one.feed(BARS[:100])
     assert one.versions() == [SECOND]
+
+
+def other_scaler(models):
+    """Replace the scaler beside the running model by one that shifts every column by 3 deviations."""
+    # The golden vectors would tell a wrong scaler; many artifacts of the field have none.
+    meta = models / f"xgboost_{FIRST}_meta.json"
+    meta.write_text(json.dumps({k: v for k, v in json.loads(meta.read_text()).items() if k != "golden"}))
+    file = models / f"xgboost_{FIRST}_scaler.json"
+    scaler = json.loads(file.read_text())
+    scaler["mean"] = [mean + 3 * scale for mean, scale in zip(scaler["mean"], scaler["scale"], strict=True)]
+    file.write_text(json.dumps(scaler))
+    return scaler["mean"][0]
+
+
+def mean_in_use(one):
+    return one.worker.pipeline.voting.stage("xgboost").seat.model.scaler.mean[0]
+
+
+def test_another_scaler_beside_the_same_model_is_taken_up_with_an_event(desk, models):
+    one = desk(watch_s=0.001)
+    one.feed(BARS[:100])
+    for _ in range(4):
+        turn_until(one, lambda: one.worker.steering._look is not None)
+        one.worker._turn()
+    mean = other_scaler(models)
+    turn_until(one, lambda: one.events("reload"))
+    (event,) = one.events("reload")
+    assert "another scaler" in event["detail"]
+    assert event["evidence"]["sha256"] == event["evidence"]["replaces"]["sha256"]
+    assert event["evidence"]["digest"] != event["evidence"]["replaces"]["digest"]
+    assert mean_in_use(one) == mean
+    one.restart()
+    assert mean_in_use(one) == mean
+    assert len(one.events("reload")) == 1
+
+
+def test_another_scaler_that_came_while_nobody_watched_is_a_reload_at_the_start(desk, models):
+    one = desk()
+    one.feed(BARS[:100])
+    mean = other_scaler(models)
+    one.restart()
+    (event,) = one.events("reload")
+    assert "another scaler" in event["detail"]
+    assert event["evidence"]["replaces"]["version"] == FIRST
+    assert mean_in_use(one) == mean
+    assert one.worker.pipeline.safeguard.quality("xgboost").attempts == 0
+
+
+def test_another_scaler_beside_a_pinned_model_is_refused_at_the_start(desk, versions, models):
+    one = desk()
+    one.feed(BARS[:100])
+    one.order(trial(versions, SECOND))
+    one.order("rollback", "xgboost")
+    other_scaler(models)
+    one.restart()
+    refused = one.events("agent_refused")[-1]
+    assert (refused["agent"], refused["reason"]) == ("xgboost", "no_artifact")
+    assert "put them back" in refused["detail"]
+    assert "models reload xgboost" in refused["detail"]
+
+
+def test_state_without_digests_is_read():
+    """As an earlier version wrote it: three texts an artifact."""
+    plain = ["x.ubj", FIRST, "0" * 64]
+    record = Record.unpack("xgboost", seal([plain, False, False, None, None]))
+    assert record.artifact.is_same(Artifact(*plain, digest="1" * 64))
 
 
 def test_what_serves_after_a_restart_is_what_the_state_names(desk, versions, models):
