@@ -212,10 +212,13 @@ class Pipeline:
 
     def _forget_votes(self, agent: str) -> None:
         """The votes of another model say nothing of this one; an operator's mute does."""
-        _, why = self.safeguard.status(agent, AgentState.ACTIVE)
+        muted = self._is_muted_by_operator(agent)
         self.safeguard.forget(agent)
-        if why == Reason.OPERATOR:
+        if muted:
             self.safeguard.mute(agent)
+
+    def _is_muted_by_operator(self, agent: str) -> bool:
+        return self.safeguard.status(agent, AgentState.ACTIVE)[1] == Reason.OPERATOR
 
     def begin_trial(self, agent: str, model: Model, kind: AgentState) -> None:
         """Put a version beside the running one, as `<agent>_canary`; `kind` is `canary` or `shadow`."""
@@ -235,8 +238,12 @@ class Pipeline:
         beside = self._stage(agent + CANARY)
         model = beside.seat.model
         assert model is not None  # noqa: S101 - a trial has a model
-        # The model has its new seat before it loses the old one: its windows stay.
+        muted = self._is_muted_by_operator(agent)
+        # The model has its new seat before it loses the old one: its windows stay, and its votes.
         self.install(agent, model, pinned=True)
+        self.safeguard.inherit(agent)
+        if muted:
+            self.safeguard.mute(agent)
         running = self._stage(agent)
         running.active = running.active or beside.active
         self.end_trial(agent)

@@ -194,6 +194,15 @@ class Safeguard:
         """Start anew with this agent: another model serves under its name."""
         self._ints(agent)[:] = 0
 
+    def inherit(self, agent: str) -> None:
+        """Give an agent the window and the decisions of its canary: that model serves under its name now."""
+        row, beside = self._row(agent), self._row(agent + CANARY)
+        self._store.state[row] = self._store.state[beside]
+        self._store.ring[row] = self._store.ring[beside]
+        self._ordered[row] = self._ordered[beside]
+        # All that the window holds is stored anew, under the agent's own fields.
+        self._touched[row] = 0
+
     def _ints(self, agent: str) -> NDArray[np.int64]:
         row = self._row(agent)
         self._touched.setdefault(row, int(self._store.state["count"][row]))

@@ -152,6 +152,40 @@ def test_promotion_needs_200_votes_without_a_violation(desk, versions):
     assert "xgboost_canary" not in one.signals()[-1]["votes"]
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_promoted_version_keeps_the_votes_that_justified_it(desk, versions, restart):
+    """On probation it would else be in the shadow for 200 votes more: the promotion would silence the agent."""
+    one = desk(quality={"probation": "shadow"})
+    one.feed(BARS[:HEAD])
+    one.order(trial(versions, SECOND))
+    one.feed(BARS[HEAD : HEAD + 210])
+    before = one.worker.pipeline.safeguard.quality("xgboost_canary")
+    (done,) = one.order("promote", "xgboost")
+    assert (done["kind"], before.votes) == ("promoted", 210)
+    if restart:
+        one.restart()
+    assert one.worker.pipeline.safeguard.quality("xgboost") == before
+    assert one.worker.pipeline.safeguard.quality("xgboost_canary").attempts == 0
+    one.feed(BARS[HEAD + 210 : HEAD + 240])
+    after = one.votes()[-30:]
+    assert {vote["version"] for vote in after} == {SECOND}
+    assert {vote["state"] for vote in after} == {"active"}
+    assert one.worker.pipeline.safeguard.quality("xgboost").votes == 240
+
+
+def test_a_promotion_ends_no_operators_mute(desk, versions):
+    one = desk()
+    one.feed(BARS[:HEAD])
+    one.order(trial(versions, SECOND))
+    one.feed(BARS[HEAD : HEAD + 200])
+    one.order("mute", "xgboost")
+    assert [event["kind"] for event in one.order("promote", "xgboost")] == ["promoted"]
+    one.restart()
+    one.feed(BARS[HEAD + 200 : HEAD + 210])
+    vote = one.votes()[-1]
+    assert (vote["version"], vote["state"], vote["reason"]) == (SECOND, "muted", "operator")
+
+
 def test_a_violation_refuses_the_promotion(desk, versions):
     """Muted after its period: the gate fails with that reason."""
     one = desk(canary_hours=0.05)
