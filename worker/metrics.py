@@ -34,6 +34,7 @@ STAGES = ("read", "intake", "features", "agents", "safeguard", "consensus", "pac
 COMMIT_RESULTS = ("ok", "fenced", "unavailable", "lost_reply", "out_of_memory", "read_only", "error")
 CRITERIA = tuple(str(criterion) for criterion in quality.CRITERIA)
 ENSEMBLE = ("configured", "loaded", "eligible", "voting")
+STANDS = "the series of the shortest interval where most voted, of those fresh within 3 intervals of the newest bar"
 ROLLED_BACK_BY = ("safeguard", "operator")
 
 
@@ -67,7 +68,7 @@ class Metrics:
 
         self._state = gauge("state", "1 for the state an agent is in, 0 for the others", "state")
         self._info = gauge("info", "The artifact in use, always 1", "version", "contract", "sha256")
-        self._weight = gauge("weight", "Weight of an agent's vote", "kind")
+        self._weight = gauge("weight", f"Weight of an agent's vote; effective: as it counted on {STANDS}", "kind")
         self._top_action = gauge("top_action_ratio", "Share of BUY or of SELL, the larger, among recent votes")
         self._hold = gauge("hold_ratio", "Share of HOLD among recent votes")
         self._stddev = gauge("confidence_stddev", "Standard deviation of the confidence of recent votes")
@@ -92,7 +93,10 @@ class Metrics:
 
     def _declare_ensemble(self, registry: CollectorRegistry) -> None:
         self._ensemble = Gauge(
-            "quartet_ensemble_agents", "Agents, from configured to voting", ("kind",), registry=registry
+            "quartet_ensemble_agents",
+            f"Agents, from configured to voting; voting: on {STANDS}",
+            ("kind",),
+            registry=registry,
         )
         for kind in ENSEMBLE:
             self._ensemble.labels(kind)
@@ -121,11 +125,14 @@ class Metrics:
         )
         for stage in STAGES:
             self._stage.labels(stage)
-        self._latency = BatchHistogram("quartet_bar_to_signal_seconds", "From a bar's entry to its committed signal")
+        self._latency = BatchHistogram(
+            "quartet_bar_to_signal_seconds",
+            "From a bar's entry (the server's clock) to its committed signal (the worker's); 0 where that is negative",
+        )
         registry.register(self._latency)
         self._last_bar = Gauge(
             "quartet_last_bar_timestamp_seconds",
-            "When the last bar arrived, Unix time; 0 before the first",
+            "When the last bar of the shortest interval arrived (its entry's ID), Unix time; 0 before the first",
             registry=registry,
         )
         self._lag = Gauge("quartet_stream_lag", "Entries not yet consumed", ("stream",), registry=registry)
@@ -174,11 +181,17 @@ class Metrics:
         self._info.remove_by_labels({"agent": agent})
         self._info.labels(agent, version, contract, sha256).set(1)
 
-    def weights(self, agent: str, configured: float, effective: float) -> None:
-        if self._is_refused(agent):
-            return
-        self._weight.labels(agent, "configured").set(configured)
-        self._weight.labels(agent, "effective").set(effective)
+    def configured_weight(self, agent: str, weight: float) -> None:
+        """The weight in the settings, from the load on."""
+        self._weigh(agent, "configured", weight)
+
+    def effective_weight(self, agent: str, weight: float) -> None:
+        """The weight that counted in the vote that stands for the worker, 0 for an agent that did not vote."""
+        self._weigh(agent, "effective", weight)
+
+    def _weigh(self, agent: str, kind: str, weight: float) -> None:
+        if not self._is_refused(agent):
+            self._weight.labels(agent, kind).set(weight)
 
     def quality(self, agent: str, *, top_action: float, hold: float, stddev: float, p10_p90: float) -> None:
         """The shape of an agent's recent votes; ratios 0..1."""

@@ -13,9 +13,10 @@ from streams.messages import CANARY, Action, AgentState, Event, Reason, Status
 from streams.store import Position, StreamFacts
 from worker.batches import Ballot, Signals
 from worker.drift import DriftWatch
-from worker.metrics import CRITERIA, Metrics
+from worker.metrics import CRITERIA, ENSEMBLE, Metrics
 from worker.pipeline import Pipeline, Result
 from worker.scoreboard import CONSENSUS
+from worker.status import Status as WorkerStatus
 
 CRITERIA_NAMES = frozenset(CRITERIA)
 
@@ -51,12 +52,10 @@ class Sensors:
             self.metrics.flag(flag, n)
         for (stage, reason), n in Counter((r.stage, r.reason) for r in result.rejects).items():
             self.metrics.rejected(stage, reason, n)
-        if result.accepted.bars:
-            self.metrics.last_bar(committed_ms / 1000)
         if len(result.vectors.index):
             for ballot in result.ballots:
                 self._votes(ballot)
-            self._signals(result.signals, result.ballots)
+            self._signals(result.signals)
             self._latency(result, committed_ms)
             self._drift.push(result.vectors.names, result.vectors.values[result.vectors.index])
 
@@ -69,19 +68,19 @@ class Sensors:
         for reason, n in Counter(abstained).items():
             self.metrics.abstentions(ballot.agent, Reason(reason), n)
 
-    def _signals(self, signals: Signals, ballots: Sequence[Ballot]) -> None:
+    def _signals(self, signals: Signals) -> None:
         for (action, status), n in Counter(zip(signals.action.tolist(), signals.status, strict=True)).items():
             self.metrics.signals(Action(action), Status(status), n)
-        self.metrics.ensemble(
-            {
-                "configured": signals.configured,
-                "loaded": int(signals.loaded[-1]),
-                "eligible": int(signals.eligible[-1]),
-                "voting": int(signals.voting[-1]),
-            }
-        )
-        for place, ballot in enumerate(ballots):
-            self.metrics.weights(ballot.agent, ballot.weight, float(signals.effective[-1, place]))
+
+    def standing(self, status: WorkerStatus) -> None:
+        """What `/readyz` says too: the counts, the weights that count, and when the newest bar arrived."""
+        counts = status.counts()
+        self.metrics.ensemble({kind: counts[kind] for kind in ENSEMBLE})
+        if status.last_arrival is not None:
+            self.metrics.last_bar(status.last_arrival[1] / 1000)
+        for agent, weight in (status.vote.effective if status.vote else {}).items():
+            if agent in self._canaries or not agent.endswith(CANARY):
+                self.metrics.effective_weight(agent, weight)
 
     def events(self, events: Sequence[Event]) -> None:
         """Count what was rolled back."""
@@ -91,8 +90,9 @@ class Sensors:
                 self.metrics.rollbacks(event.agent.removesuffix(CANARY), by)
 
     def _latency(self, result: Result, committed_ms: int) -> None:
-        ages = (committed_ms - result.accepted.arrived_ms[i] for i in result.vectors.index)
-        self.metrics.bar_to_signal(age / 1000 for age in ages if 0 <= age < LONGEST_LATENCY_MS)
+        """The server's clock gave the ID and ours is read here: what seems to be from the future took no time."""
+        ages = (max(0, committed_ms - result.accepted.arrived_ms[i]) for i in result.vectors.index)
+        self.metrics.bar_to_signal(age / 1000 for age in ages if age < LONGEST_LATENCY_MS)
 
     def _meet(self, agent: str) -> None:
         """A canary has series only while there is one."""
@@ -112,6 +112,7 @@ class Sensors:
             model = report.seat.model
             if model is not None:
                 self.metrics.agent_info(report.agent, model.version, model.contract, model.sha256)
+                self.metrics.configured_weight(report.agent, report.seat.weight)
         self.windows(pipeline)
 
     def windows(self, pipeline: Pipeline) -> None:

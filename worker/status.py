@@ -9,28 +9,36 @@ from streams.messages import CANARY, AgentState
 from streams.validation import interval_ms
 from worker.http import Condition, Readiness
 from worker.pipeline import Pipeline, Result
+from worker.standing import FRESH_INTERVALS, Standing, Vote
 
-FRESH_INTERVALS = 3
+
+def wall_clock_ms() -> int:
+    """Unix time, as the server's entry IDs have it."""
+    return time.time_ns() // 1_000_000
 
 
 class Status:
-    """One worker's health. Each attribute is replaced as a whole, so that readers need no lock."""
+    """One worker's health. Each attribute is replaced as a whole, so that readers need no lock.
 
-    def __init__(self, agents: tuple[str, ...], quorum: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    `vote` is the one that stands for the worker (`worker.standing`), None before the first; `last_arrival` is
+    the shortest interval seen and when its newest bar arrived, ms. `now_ms` is the clock that entry IDs go by.
+    """
+
+    def __init__(self, agents: tuple[str, ...], quorum: int, now_ms: Callable[[], int] = wall_clock_ms) -> None:
+        self._now_ms = now_ms
         self._quorum = quorum
-        self._last_arrival: tuple[float, str] | None = None
-        self._voting: int | None = None
-        self._agreeing = 0
+        self._standing = Standing(agents)
         self._feed_healthy = True
         self._agents = {agent: {"state": "loading", "reason": ""} for agent in agents}
-        self.heartbeat = clock()
+        self.vote: Vote | None = None
+        self.last_arrival: tuple[str, int] | None = None
+        self.heartbeat = time.monotonic()
         self.server = Condition(ok=False, detail="not connected yet")
         self.owner = Condition(ok=False, detail="does not own the namespace yet")
 
     def beat(self) -> None:
         """The loop turns."""
-        self.heartbeat = self._clock()
+        self.heartbeat = time.monotonic()
 
     def feed(self, *, healthy: bool) -> None:
         """Whether the share of rejects is within its limit."""
@@ -39,11 +47,12 @@ class Status:
     def batch(self, result: Result, *, healthy: bool) -> None:
         """What a committed batch says about freshness and quorum."""
         self.feed(healthy=healthy)
-        if result.accepted.bars:
-            self._last_arrival = self._clock(), result.accepted.bars[-1].interval
-        if len(result.vectors.index):
-            self._voting = int(result.signals.voting[-1])
-            self._agreeing = int(result.signals.agreeing[-1])
+        self._standing.note(result, self._now_ms())
+        self.last_arrival = self._standing.shortest()
+        self._judge()
+
+    def _judge(self) -> None:
+        self.vote = self._standing.vote(a for a, facts in self._agents.items() if facts["state"] == AgentState.ACTIVE)
 
     def agents(self, pipeline: Pipeline) -> None:
         """The state of every agent, with what a person needs to mend it."""
@@ -56,6 +65,7 @@ class Status:
             }
             for report in pipeline.reports()
         }
+        self._judge()
 
     def readiness(self) -> Readiness:
         """Ready only with the server reachable, warm-up done, a fresh bar, and a voting quorum."""
@@ -69,34 +79,34 @@ class Status:
                 "feed": Condition(ok=self._feed_healthy, detail="" if self._feed_healthy else "over 5 % rejects"),
             },
             agents=self._agents,
-            counts=self._counts(),
+            counts=self.counts(),
         )
 
-    def _counts(self) -> dict[str, int]:
-        """As the states stand now; voting and agreeing as of the last signal."""
+    def counts(self) -> dict[str, int]:
+        """As the states stand now; voting and agreeing by the vote that stands for the worker."""
         states = [facts["state"] for agent, facts in self._agents.items() if not agent.endswith(CANARY)]
         return {
             "configured": len(states),
             "loaded": sum(state not in (AgentState.LOADING, AgentState.REFUSED) for state in states),
             "eligible": states.count(AgentState.ACTIVE),
-            "voting": self._voting or 0,
-            "agreeing": self._agreeing,
+            "voting": self.vote.voting if self.vote else 0,
+            "agreeing": self.vote.agreeing if self.vote else 0,
         }
 
     def _warm_up(self) -> Condition:
-        if self._voting is None:
+        if self.vote is None:
             return Condition(ok=False, detail="no symbol has its warm-up behind it in this process yet")
         return Condition(ok=True)
 
     def _fresh_bar(self) -> Condition:
-        if self._last_arrival is None:
+        """Bars of the shortest interval must arrive: a daily bar is no sign of life of a feed of minutes."""
+        if self.last_arrival is None:
             return Condition(ok=False, detail="no bar arrived yet")
-        arrived, interval = self._last_arrival
-        age_s, limit_s = self._clock() - arrived, FRESH_INTERVALS * interval_ms(interval) / 1000
-        return Condition(
-            ok=age_s <= limit_s, detail=f"the last bar arrived {age_s:.0f} s ago, the limit is {limit_s:g} s"
-        )
+        interval, arrived_ms = self.last_arrival
+        age_s, limit_s = (self._now_ms() - arrived_ms) / 1000, FRESH_INTERVALS * interval_ms(interval) / 1000
+        detail = f"the last bar of {interval} arrived {age_s:.0f} s ago, the limit is {limit_s:g} s"
+        return Condition(ok=age_s <= limit_s, detail=detail)
 
     def _quorate(self) -> Condition:
-        voting = self._voting or 0
+        voting = self.vote.voting if self.vote else 0
         return Condition(ok=voting >= self._quorum, detail=f"{voting} voting, quorum {self._quorum}")

@@ -66,7 +66,8 @@ def metrics(registry: CollectorRegistry) -> Metrics:
 def describe_model(metrics: Metrics, agent: str) -> None:
     """Set everything that only a loaded model has."""
     metrics.agent_info(agent, "20260101_000000", "c" * 64, "f" * 64)
-    metrics.weights(agent, 0.3, 0.5)
+    metrics.configured_weight(agent, 0.3)
+    metrics.effective_weight(agent, 0.5)
     metrics.quality(agent, top_action=0.6, hold=0.2, stddev=0.1, p10_p90=0.3)
     metrics.degenerate(agent, [])
     metrics.scores(agent, 500, 0.5, 0.0001, 0.25)
