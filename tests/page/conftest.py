@@ -36,9 +36,12 @@ FLAGS = (
 Fields = dict[str, str]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(needs: Callable[[str], str]) -> Iterator[Browser]:
-    """Debian's Chromium; nothing is downloaded. Each test opens contexts of its own."""
+    """Debian's Chromium; nothing is downloaded. Each test opens contexts of its own.
+
+    No longer than a module: the driver keeps an event loop running in this thread, and other tests start their own.
+    """
     program = needs("chromium")
     with sync_playwright() as driver:
         running = driver.chromium.launch(executable_path=program, headless=True, args=list(FLAGS))

@@ -62,6 +62,7 @@ class Sse:
 def test_new_bars_appear_without_a_reload(page: Page, live: Scene) -> None:
     opened(page, live)
     page.locator("#table summary").click()
+    expect(page.locator("#table tbody tr").first).to_be_visible()
     before = page.locator("#table tbody tr").count()
     requests: list[str] = []
     page.on("request", lambda request: requests.append(request.url))
