@@ -180,7 +180,9 @@ class Pipeline:
             if trial is None or agent == ballot.agent:
                 continue
             own = [verdict for verdict in verdicts if verdict.agent == ballot.agent]
-            judged = trials.judge(trial, ballot, bars, own, self.canary_period_ms, self._serving(agent))
+            minimum = self.safeguard.limits(agent).minimum
+            period = trials.Period(self.canary_period_ms, self.safeguard.votes_after(ballot), minimum)
+            judged = trials.judge(trial, ballot, bars, own, period, self._serving(agent))
             ballots = [*ballots[:place], judged.ballot, *ballots[place + 1 :]]
             verdicts = [*(v for v in verdicts if v.agent != ballot.agent), *judged.events]
             self.records[agent] = replace(self.records[agent], trial=judged.trial)

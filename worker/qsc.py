@@ -80,6 +80,7 @@ class Safeguard:
         self._store = SeriesStore(_STATE_RECORD, _CHUNK, -(-window // kernel.CHUNK) + 1)
         self._ordered = np.zeros((0, window))
         self._touched: dict[int, int] = {}
+        self._votes: dict[str, NDArray[np.int64]] = {}
         # Compile, or load from the cache, now rather than at the first vote.
         none = np.zeros(0, np.int64)
         self.observe(AGENTS[0], none, np.zeros(0), np.zeros((0, 1)), none, none)
@@ -94,15 +95,21 @@ class Safeguard:
         bars = [vectors.accepted.bars[i] for i in vectors.index]
         ts = np.array([bar.ts for bar in bars], np.int64)
         judged: list[Ballot] = []
+        self._votes.clear()
         events: list[tuple[int, Event]] = []
         for ballot in ballots:
             outputs = np.zeros((len(bars), 1)) if ballot.outputs is None else ballot.outputs
             seen = self.observe(ballot.agent, _kinds(ballot), ballot.confidence, outputs, fingerprints, ts)
             judged.append(self._with_states(ballot, seen))
+            self._votes[ballot.agent] = seen.votes
             rows = np.flatnonzero(seen.transition).tolist()
             events += [(row, _event(ballot.agent, bars[row], seen, row)) for row in rows]
         events.sort(key=lambda pair: pair[0])
         return judged, [event for _, event in events]
+
+    def votes_after(self, ballot: Ballot) -> NDArray[np.int64]:
+        """Votes in the window of a ballot's agent after each row of the last batch `[R]`; 0 of one not watched."""
+        return self._votes.get(ballot.agent, np.zeros(len(ballot.action), np.int64))
 
     def observe(
         self,
