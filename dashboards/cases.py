@@ -114,13 +114,13 @@ CASES = (
     ),
     Case(
         "QuartetLagGrowing",
-        {'quartet_stream_lag{stream="quartet:bars"}': "1000+10x160"},
+        {'quartet_stream_lag{stream="bars"}': "1000+10x160"},
         (
-            {'quartet_stream_lag{stream="quartet:bars"}': "4000-10x160"},
-            {'quartet_stream_lag{stream="quartet:bars"}': " ".join(["0 5000 2500 0"] * 40)},
+            {'quartet_stream_lag{stream="bars"}': "4000-10x160"},
+            {'quartet_stream_lag{stream="bars"}': " ".join(["0 5000 2500 0"] * 40)},
         ),
         "30m",
-        labels={"stream": "quartet:bars"},
+        labels={"stream": "bars"},
         # The least of the last five minutes is the sample of 25 minutes, the 101st.
         fills={"{{ $value }}": "2000"},
     ),

@@ -203,7 +203,7 @@ def board() -> Board:
             8,
             chart(
                 "Commits by result",
-                "Commits a second, by what became of them.",
+                "Tries to commit a second, by what became of them; lost_reply was found applied by a later try.",
                 _rate("quartet_commits_total", "result"),
                 unit="cps",
                 see=STALLED,

@@ -35,7 +35,10 @@ def board() -> Board:
         _count("configured", "Agents in the settings. The counts to the right can only be smaller."),
         _count("loaded", "Agents whose artifact was matched and probed, muted and shadow ones included."),
         _count("eligible", "Agents in state active: those that may vote."),
-        _count("voting", "Agents that said BUY, SELL or HOLD on the last bar. Green from 3, the quorum unless set."),
+        _count(
+            "voting",
+            "Agents that said BUY, SELL or HOLD, on the series where most did. Green from 3, the quorum unless set.",
+        ),
         (
             4,
             4,
@@ -53,7 +56,7 @@ def board() -> Board:
             4,
             figure(
                 "Age of the last bar",
-                "Time since a bar arrived. Readiness fails past 3 intervals; choose the interval above.",
+                "Time since a bar of the shortest interval arrived. Readiness fails past 3; choose the interval above.",
                 [Query(AGE, "age")],
                 unit="s",
                 steps=((None, GREEN), (90, YELLOW), (180, RED)),

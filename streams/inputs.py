@@ -46,8 +46,12 @@ class Inputs:
         return bool(self.patterns) or len(self.named) > 1
 
     def label(self, key: str) -> str:
-        """What a metric calls `key`: itself where it is named, else its pattern, so that labels stay few."""
-        return key if key in self.named else next((p for p in self.patterns if fnmatchcase(key, p)), key)
+        """What a metric calls `key`: itself where it is named, else its pattern, so that labels stay few.
+
+        A key of our own namespace is called by what follows it: `bars`.
+        """
+        name = key if key in self.named else next((p for p in self.patterns if fnmatchcase(key, p)), key)
+        return name.removeprefix(f"{self._own.namespace}:")
 
     def refresh(self, find: Find) -> Change:
         """Look the patterns up; a key that was read once stays, also while it is gone."""

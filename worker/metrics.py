@@ -317,7 +317,7 @@ class Metrics:
         self._last_bar.set(unix_s)
 
     def lag(self, stream: str, entries: int) -> None:
-        """`stream` is a short name such as `bars`; one label for each input key and output stream."""
+        """`stream` is the key, without our own namespace (`bars`), or the pattern that it matched."""
         self._lag.labels(stream).set(entries)
 
     def length(self, stream: str, entries: int) -> None:

@@ -157,7 +157,7 @@ def _feed(seen: Seen, url: str, namespace: str) -> None:
     # Scores, drift and lengths are published every couple of seconds.
     for metric in ("quartet_agent_hit_ratio", "quartet_feature_drift", 'quartet_stream_length{stream="signals"}'):
         wait_for(lambda metric=metric: _value(seen, f"count({metric})") > 0)
-    wait_for(lambda: _value(seen, 'quartet_stream_lag{stream=~".*:bars"}') == 0)
+    wait_for(lambda: _value(seen, 'quartet_stream_lag{stream="bars"}') == 0)
 
 
 def _value(seen: Seen, expr: str) -> float:

@@ -40,6 +40,8 @@ def test_keys_of_one_pattern_share_a_metric_label():
     inputs = Inputs(["x", "c*"], "n")
     assert [inputs.label(key) for key in ("x", "c1", "c2")] == ["x", "c*", "c*"]
     assert inputs.several
+    own = Inputs(["n:bars", "other:bars", "n:x*"], "n")
+    assert [own.label(key) for key in ("n:bars", "other:bars", "n:x1")] == ["bars", "other:bars", "x*"]
     assert not Inputs(["x"], "n").several
 
 
