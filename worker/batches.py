@@ -39,7 +39,8 @@ class Ballot:
 
     `action` codes of `Action`, `confidence` in 0..1, `outputs` `[R, K]` raw (None without a model; a
     row of an abstention without outputs has `answered` False), `state` codes into `STATES`. `present`
-    bool `[R]`, None for all: a canary that was rolled back has no vote after that row.
+    bool `[R]`, None for all: a canary that was rolled back has no vote after that row. `features` are those
+    that the model read; none named where there is no model.
     """
 
     agent: str
@@ -52,6 +53,7 @@ class Ballot:
     state: NDArray[np.int8]
     reason: tuple[str | None, ...]
     present: NDArray[np.bool_] | None = None
+    features: tuple[str, ...] = ()
 
     @property
     def rows(self) -> list[int]:

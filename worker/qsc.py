@@ -91,7 +91,7 @@ class Safeguard:
 
     def watch(self, vectors: Vectors, ballots: Sequence[Ballot]) -> tuple[list[Ballot], list[Event]]:
         """The ballots with the state and reason of every row, and what was decided on the way, bar by bar."""
-        fingerprints = np.array([fingerprint(row) for row in vectors.values[vectors.index]], np.int64)
+        inputs = {ballot.features: _fingerprints(vectors, ballot.features) for ballot in ballots}
         bars = [vectors.accepted.bars[i] for i in vectors.index]
         ts = np.array([bar.ts for bar in bars], np.int64)
         judged: list[Ballot] = []
@@ -99,7 +99,7 @@ class Safeguard:
         events: list[tuple[int, Event]] = []
         for ballot in ballots:
             outputs = np.zeros((len(bars), 1)) if ballot.outputs is None else ballot.outputs
-            seen = self.observe(ballot.agent, _kinds(ballot), ballot.confidence, outputs, fingerprints, ts)
+            seen = self.observe(ballot.agent, _kinds(ballot), ballot.confidence, outputs, inputs[ballot.features], ts)
             judged.append(self._with_states(ballot, seen))
             self._votes[ballot.agent] = seen.votes
             rows = np.flatnonzero(seen.transition).tolist()
@@ -273,6 +273,13 @@ def row_of(agent: str) -> int:
 def fingerprint(values: NDArray[np.float64]) -> int:
     """Tells one vector of inputs from another."""
     return crc32(values.tobytes())
+
+
+def _fingerprints(vectors: Vectors, features: tuple[str, ...]) -> NDArray[np.int64]:
+    """Of each voted row the fingerprint of what a model reads; of all values where it names none."""
+    columns = [vectors.names.index(name) for name in features or vectors.names]
+    read = vectors.values[vectors.index[:, None], columns]
+    return np.array([fingerprint(row) for row in read], np.int64)
 
 
 def criteria_of(found: int) -> tuple[Reason, ...]:

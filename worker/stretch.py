@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import redis
+from numpy.typing import NDArray
 
 from streams.codec import from_json
 from streams.keys import Keys
-from streams.messages import HORIZON
+from streams.messages import HORIZON, bar_id
 from streams.recording import Recorded, Recording
 from worker.qsc import fingerprint
 
@@ -22,11 +23,12 @@ _PAGE = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """One accepted bar: when it opened (ms), where it closed, and what tells its inputs from others."""
+    """One accepted bar: when it opened (ms), where it closed, and its features `[F]` under their names."""
 
     ts: int
     close: float
-    inputs: int
+    names: tuple[str, ...]
+    values: NDArray[np.float64]
 
 
 @dataclass
@@ -35,21 +37,30 @@ class Stretch:
 
     votes: list[Mapping[str, Any]]
     bars: dict[tuple[str, str], list[Close]] = field(default_factory=dict)
+    _names: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
 
     def add(self, feature: Mapping[str, Any]) -> None:
         """Take one message of the features stream."""
         values = feature["values"]
-        inputs = np.array(list(values.values()), np.float64)
-        bar = Close(feature["ts"], values["close"], fingerprint(inputs))
+        names = tuple(values)
+        names = self._names.setdefault(names, names)
+        bar = Close(feature["ts"], values["close"], names, np.array(list(values.values()), np.float64))
         self.bars.setdefault((feature["symbol"], feature["interval"]), []).append(bar)
 
-    def fingerprints(self) -> dict[str, int]:
-        """The inputs of each bar, by its `bar_id`."""
+    def fingerprints(self, features: Sequence[str] = ()) -> dict[str, int]:
+        """What tells the inputs of bars apart, by `bar_id`: these features, or all where none is named."""
         return {
-            f"{symbol}|{interval}|{bar.ts}": bar.inputs
+            bar_id(symbol, interval, bar.ts): fingerprint(_read(bar, features))
             for (symbol, interval), bars in self.bars.items()
             for bar in bars
         }
+
+
+def _read(bar: Close, features: Sequence[str]) -> NDArray[np.float64]:
+    """The values of these features, or all where the bar has not every one of them."""
+    if not features or not set(features) <= set(bar.names):
+        return bar.values
+    return bar.values[[bar.names.index(name) for name in features]]
 
 
 def from_server(

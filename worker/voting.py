@@ -135,6 +135,7 @@ class AgentStage:
             answered=answered,
             state=self._states(full),
             reason=tuple(reason),
+            features=model.features,
         )
 
     def _predict(

@@ -12,6 +12,7 @@ import pytest
 from streams.messages import Reason
 from worker.gate import judge
 from worker.quality import CRITERIA, QualityLimits
+from worker.stretch import Stretch
 
 FOLDER = Path(__file__).parent.parent / "replay" / "quality"
 spec = importlib.util.spec_from_file_location("make_quality_recordings", FOLDER / "make.py")
@@ -103,3 +104,19 @@ def test_outputs_that_do_not_vary_are_no_fault_where_the_inputs_do_not_either() 
     assert judge("xgboost", votes, fingerprints=frozen).verdict == "PASS"
     apart = {vote["bar_id"]: i for vote, i in zip(votes, itertools.count(), strict=False)}
     assert judge("xgboost", votes, fingerprints=apart).verdict == "FAIL"
+
+
+def test_a_stretch_tells_inputs_apart_by_what_the_model_reads() -> None:
+    votes = recording("constant_output_trips")
+    stretch = Stretch(votes)
+    for i, vote in enumerate(votes):
+        values = {"close": 7.0 if i >= 300 else float(i), "volume": float(i), "ema_50": None}
+        stretch.add({name: vote[name] for name in ("symbol", "interval", "ts")} | {"values": values})
+
+    def verdict(features: list[str]) -> str:
+        return judge("xgboost", votes, fingerprints=stretch.fingerprints(features)).verdict
+
+    assert verdict(["close"]) == "PASS", "what it reads stands still while its output does"
+    assert verdict(["close", "volume"]) == "FAIL"
+    assert verdict([]) == "FAIL", "nothing is known of what it reads: all counts"
+    assert verdict(["close", "rsi_14"]) == "FAIL", "not everything that it reads is there: all counts"

@@ -265,6 +265,16 @@ def test_a_collapse_mutes_on_the_200th_vote_and_500_clean_ones_bring_it_back() -
     assert states == ["active"] * 199 + ["muted"] * 500 + ["active"]
 
 
+def test_the_inputs_of_an_agent_are_what_its_model_reads_and_not_what_others_do() -> None:
+    """The market stands still and only the volume moves: a model that does not read it must answer the same."""
+    vectors, (ballot,) = _one(rows_of("constant", 250, 1))
+    still = np.full((250, 1), 7.0)
+    beside = replace(vectors, names=("volume", "close"), values=np.concatenate([vectors.values, still], axis=1))
+    for features, muted in ((("close",), 0), (("close", "volume"), 1), ((), 1)):
+        _, events = Safeguard().watch(beside, [replace(ballot, features=features)])
+        assert [event.reason for event in events] == ["constant_output"] * muted, features
+
+
 def test_a_muted_vote_keeps_its_action_confidence_and_outputs() -> None:
     rows = rows_of("collapse", 210, 1)
     vectors, (ballot,) = _one(rows)

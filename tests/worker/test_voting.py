@@ -174,6 +174,12 @@ def test_models_of_two_feature_sets_read_their_own_columns_in_their_own_order() 
     np.testing.assert_array_equal(read["patchtst"], np.stack([narrow[i - 1 : i + 1, v3] for i in range(1, 9)]))
 
 
+def test_a_ballot_names_the_features_that_its_model_read() -> None:
+    empty = Seat("nhits", 0.3, refusal=Refusal(Reason.SCALER_MISSING, "put it beside the model"))
+    ballots = VotingStage([seat("xgboost", width=7), seat("lightgbm"), empty]).vote(vectors(some(3)))
+    assert [ballot.features for ballot in ballots] == [V3.features[:7], V3.features, ()]
+
+
 def test_an_agent_whose_set_is_not_ready_yet_abstains_while_others_vote() -> None:
     given = vectors(some(6))
     given = replace(given, ready={"v3": np.ones(6, np.bool_), "v2": np.arange(6) >= 4}, names=(*V3.features,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,8 +49,10 @@ def gate(
     count = _LAST if last is None and first is None else last
     span = {"first": _entry_id("--from", first) or "-", "end": _entry_id("--to", end) or "+", "last": count}
     stretch = _recorded(recording, agent, span) if recording else _live(settings, agent, span)
-    verdict = judge(agent, stretch.votes, settings.quality[base], stretch.fingerprints())
-    scores = score(stretch, _threshold(settings, base, stretch))
+    known = _metadata(settings, base, stretch)
+    verdict = judge(agent, stretch.votes, settings.quality[base], stretch.fingerprints(_features(known)))
+    threshold = known.get("threshold")
+    scores = score(stretch, float(threshold) if isinstance(threshold, float | int) else settings.threshold[base])
     if as_json:
         _print_json(verdict, scores, stretch)
     else:
@@ -90,23 +93,26 @@ def _live(settings: Settings, agent: str, span: dict[str, Any]) -> Stretch:
             client.close()
 
 
-def _threshold(settings: Settings, agent: str, stretch: Stretch) -> float:
-    """Of the artifact that made the last vote, if the models folder still has it; else of the settings."""
+def _metadata(settings: Settings, agent: str, stretch: Stretch) -> Mapping[str, Any]:
+    """Of the artifact that made the last vote, empty where the models folder no longer has it."""
     from agents.agent import Refused
     from agents.discovery import discover
     from agents.sidecars import read_metadata
 
     version = stretch.votes[-1]["version"] if stretch.votes else None
     for candidate in discover(settings.models, agent) if settings.models.is_dir() else ():
-        if candidate.version != version:
-            continue
-        try:
-            given = read_metadata(candidate).get("threshold")
-        except Refused:
-            break
-        if isinstance(given, float | int):
-            return float(given)
-    return settings.threshold[agent]
+        if candidate.version == version:
+            try:
+                return read_metadata(candidate)
+            except Refused:
+                break
+    return {}
+
+
+def _features(metadata: Mapping[str, Any]) -> Sequence[str]:
+    """The names of what the model reads, none where its metadata has none."""
+    names = metadata.get("features") or metadata.get("feature_names") or ()
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else ()
 
 
 def _print_json(verdict: Verdict, scores: Scores, stretch: Stretch) -> None:
