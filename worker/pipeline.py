@@ -295,9 +295,19 @@ class Pipeline:
         reports = []
         for stage in self.voting.stages:
             state, why = self.safeguard.status(stage.seat.agent, stage.state)
-            detail = stage.seat.refusal.detail if stage.seat.refusal else ""
+            detail = self._remedy(stage.seat, state)
             reports.append(AgentReport(stage.seat.agent, state, why or stage.reason, stage.seat, detail))
         return reports
+
+    def _remedy(self, seat: Seat, state: AgentState) -> str:
+        if seat.refusal is not None:
+            return seat.refusal.detail
+        if state is not AgentState.MUTED or not self.safeguard.is_locked(seat.agent):
+            return ""
+        base = seat.agent.removesuffix(CANARY)
+        if base != seat.agent:
+            return f"only `quartet models rollback {base}` takes it away"
+        return f"only `quartet models unmute {base}` brings it back"
 
     def agent_changes(self) -> list[tuple[bytes, bytes]]:
         """Each agent's record, so that a restart serves the same."""

@@ -171,6 +171,13 @@ class Safeguard:
             return AgentState.SHADOW, None
         return state, None
 
+    def is_locked(self, agent: str) -> bool:
+        """Whether a muted agent stays so until an operator unmutes it."""
+        ints = self._store.state["ints"][self._row(agent)]
+        return bool(
+            ints[kernel.STATUS] == kernel.OPERATOR or (ints[kernel.STATUS] == kernel.MUTED and ints[kernel.LOCKED])
+        )
+
     def quality(self, agent: str) -> Quality:
         """The figures of the agent's window as it stands."""
         row, limits = self._row(agent), self.limits(agent)

@@ -61,7 +61,7 @@ class Status:
                 "state": str(report.state),
                 "reason": report.reason or "",
                 "version": report.seat.model.version if report.seat.model else "",
-                "detail": report.seat.refusal.detail if report.seat.refusal else "",
+                "detail": report.detail,
             }
             for report in pipeline.reports()
         }

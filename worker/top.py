@@ -30,6 +30,7 @@ class AgentRow:
     agent: str
     state: str
     reason: str
+    detail: str
     version: str
     action: str | None
     confidence: float | None
@@ -138,6 +139,7 @@ def _agent(agent: str, facts: Mapping[str, str], metrics: Samples, vote: Mapping
         agent=agent,
         state=facts["state"],
         reason=facts["reason"],
+        detail=facts.get("detail", ""),
         version=facts.get("version", ""),
         action=vote["action"] if vote else None,
         confidence=vote["confidence"] if vote else None,
@@ -164,7 +166,8 @@ def render(shown: Frame, limits: Mapping[str, QualityLimits]) -> Group:
     head = Text(shown.headline, style="bold")
     head.append("   READY" if shown.ready else "   NOT READY", style="bold green" if shown.ready else "bold red")
     parts: list[Any] = [head, *(Text(f"  {line}", style="red") for line in shown.wanting)]
-    return Group(*parts, _agents(shown.agents, limits), *map(Text, _lines(shown)))
+    locked = (f"muted    {row.agent}: {row.detail}" for row in shown.agents if row.state == "muted" and row.detail)
+    return Group(*parts, _agents(shown.agents, limits), *map(Text, locked), *map(Text, _lines(shown)))
 
 
 def _agents(rows: Sequence[AgentRow], limits: Mapping[str, QualityLimits]) -> Table:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.worker.orders import Desk, market
+from tests.worker.test_qsc import T0, rows_of, vectors_and_ballot
 from worker.logs import make_logger
 
 BARS = market(2, 100)
@@ -78,3 +79,37 @@ def test_where_only_the_reason_changes_the_log_and_readyz_say_the_new_one(desk, 
     second = told.facts("xgboost")
     assert (second["state"], second["reason"]) == ("muted", "operator")
     assert told.lines("agent is") == [("info", "agent is muted")]
+
+
+def test_readyz_says_which_muted_agent_only_an_operator_brings_back(desk, versions):
+    """Re-admitted by itself until that is used up, and then not any more: the state and the reason are the same."""
+    told = Told(desk)
+    told.desk.feed(BARS[:80])
+    guard = told.desk.worker.pipeline.safeguard
+    once = rows_of("nan", 20, 1) + rows_of("healthy", 500, 2)
+    for place in range(4):
+        vectors, ballot = vectors_and_ballot(once[:30], [T0 + (place * 520 + i) * 30_000 for i in range(30)], "xgboost")
+        guard.watch(vectors, [ballot])
+        told.desk.worker._tell_agents()
+        assert (told.facts("xgboost")["state"], told.facts("xgboost")["detail"]) == ("muted", "")
+        vectors, ballot = vectors_and_ballot(
+            once[30:], [T0 + (place * 520 + i) * 30_000 for i in range(30, 520)], "xgboost"
+        )
+        guard.watch(vectors, [ballot])
+        told.desk.worker._tell_agents()
+        assert told.facts("xgboost")["state"] == ("muted" if place == 3 else "active")
+    facts = told.facts("xgboost")
+    assert (facts["reason"], facts["detail"]) == (
+        "non_finite_output",
+        "only `quartet models unmute xgboost` brings it back",
+    )
+
+
+def test_readyz_says_that_only_an_operator_ends_an_operators_mute(desk, versions):
+    told = Told(desk)
+    told.desk.feed(BARS[:80])
+    told.desk.order("mute", "xgboost")
+    told.desk.restart()
+    facts = told.facts("xgboost")
+    assert (facts["state"], facts["reason"]) == ("muted", "operator")
+    assert facts["detail"] == "only `quartet models unmute xgboost` brings it back"

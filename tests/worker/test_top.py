@@ -98,6 +98,16 @@ def test_bars_signals_ensemble_drift_and_the_last_signal_have_a_line_each(shown:
     assert "last     BTC|1m|1767225600000 HOLD 0.00 below_quorum" in text
 
 
+def test_a_muted_agent_that_does_not_come_back_by_itself_has_a_line_with_the_remedy(samples: Samples) -> None:
+    remedy = "only `quartet models unmute nhits` brings it back"
+    locked = {**READINESS["agents"]["nhits"], "detail": remedy}
+    readiness = {**READINESS, "agents": {**READINESS["agents"], "nhits": locked}}
+    shown = frame(readiness, samples, VOTES, SIGNAL, now_s=1_767_225_642.0)
+    assert f"muted    nhits: {remedy}" in [line.rstrip() for line in text_of(shown).splitlines()]
+    assert [row.detail for row in shown.agents] == ["", "", remedy, "no scaler"]
+    assert "unmute" not in text_of(frame(READINESS, samples, VOTES, SIGNAL, now_s=1_767_225_642.0))
+
+
 def test_only_what_is_past_its_own_agents_limit_is_red(shown: Frame) -> None:
     red = "\x1b[31m"
     assert f"{red}72% <= 70%" in text_of(shown, colour=True)
