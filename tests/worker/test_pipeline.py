@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from agents.agent import Refusal
 from streams.codec import StateCorruptError, to_json
@@ -20,6 +23,7 @@ from tests.worker.small import LAST_TS, batches, falling, market, model, rising,
 from worker.encoding import feature_messages, signal_messages, vote_messages
 from worker.features.bank import FeatureBank
 from worker.pipeline import PARTS, Pipeline, Result
+from worker.quality import QualityLimits
 from worker.voting import Seat
 
 WARM_UP = {"v3": 25, "v2": 30}
@@ -39,8 +43,8 @@ class Chain:
         self.votes: dict[str, list[dict[str, Any]]] = {}
         self.results: list[Result] = []
 
-    def feed(self, entries: Sequence[Entry]) -> Chain:
-        result = self.pipeline.process(entries, LAST_TS + 120_000)
+    def feed(self, entries: Sequence[Entry], now_ms: int = LAST_TS + 120_000) -> Chain:
+        result = self.pipeline.process(entries, now_ms)
         self.keep(result.state, result.drops)
         signals = signal_messages(result)
         self.signals += signals
@@ -179,6 +183,71 @@ def test_an_entry_that_is_no_bar_changes_nothing_of_the_others(whole: Chain) -> 
     assert chain.messages == whole.messages
     assert [(r.entry, r.stage) for r in chain.results[0].rejects] == [(bad, "intake")]
     assert chain.results[0].accepted.outcomes == {"accepted": len(ENTRIES), "rejected": 1}
+
+
+# ---------------------------------------------------------------------- muted and re-admitted
+
+SILENT = [*range(90, 111), *range(642, 664)]
+"""Bars on which one agent's model gives NaN: 21 and 22 in a row, which the volume of the bar tells it."""
+MUTED_AT, READMITTED_AT, AGAIN_AT = 90 + 19, 110 + 500, 642 + 19
+"""A run of 20 mutes, and 500 attempts after the last of them bring back."""
+
+
+def faltering(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    volume = x[:, -1, V3.features.index("volume")] if x.ndim == 3 else x[:, V3.features.index("volume")]
+    return np.where(volume[:, None] == 77.0, np.float32(np.nan), rising(x))
+
+
+def quiet(place: int, entry: Entry) -> Entry:
+    return replace(entry, fields={**entry.fields, b"volume": b"77"}) if place in SILENT else entry
+
+
+DAY = [quiet(place, entry) for place, entry in enumerate(market(3, 225))]
+LENIENT = QualityLimits(action_share=1.0, hold_share=1.0, confidence_stddev=0.0, confidence_range=0.0)
+WATCHED: dict[str, Any] = {
+    "seats": [seat("xgboost"), seat("lightgbm", falling), seat("nhits", faltering, window=4), seat("patchtst")],
+    "quality": {**dict.fromkeys(AGENTS, LENIENT), "nhits": replace(LENIENT, constant_run=10_000)},
+}
+
+
+def transitions(chain: Chain) -> list[tuple[str, str, str]]:
+    events = [event for result in chain.results for event in result.events]
+    return [(e.kind, e.agent, e.bar_id) for e in events if e.kind.startswith("agent_")]
+
+
+@pytest.fixture(scope="module")
+def day() -> Chain:
+    return Chain(**WATCHED).feed(DAY)
+
+
+def test_an_agent_is_muted_and_readmitted_on_the_very_bars(day: Chain) -> None:
+    bars = day.results[0].accepted.bars
+    assert transitions(day) == [
+        ("agent_muted", "nhits", bars[MUTED_AT].bar_id),
+        ("agent_readmitted", "nhits", bars[READMITTED_AT].bar_id),
+        ("agent_muted", "nhits", bars[AGAIN_AT].bar_id),
+    ]
+    states = [vote["state"] for vote in day.votes["nhits"]]
+    first, back, again = (place - 3 * 24 for place in (MUTED_AT, READMITTED_AT, AGAIN_AT))
+    active = [state == "active" for state in states[9:]]
+    assert active == [not (first <= place < back or place >= again) for place in range(9, len(states))]
+
+
+@pytest.mark.parametrize("restarts", ["none", "on the bars of a decision", "often"])
+@pytest.mark.parametrize("size", [1, 7, 256])
+def test_muting_is_the_same_bytes_however_batches_are_cut_and_whenever_it_restarts(
+    day: Chain, size: int, restarts: str
+) -> None:
+    """A batch that ends with the deciding bar and a restart right after it included; the clock goes back meanwhile."""
+    chain, decided = Chain(**WATCHED), {MUTED_AT + 1, READMITTED_AT + 1, AGAIN_AT + 1}
+    after = {"none": set(), "on the bars of a decision": decided, "often": {*range(0, len(DAY), 7), *decided}}[restarts]
+    cuts = {0, *range(size, len(DAY), size), *(decided if restarts != "none" else ()), len(DAY)}
+    for start, end in pairwise(sorted(cuts)):
+        chain.feed(DAY[start:end], LAST_TS + 900_000 - start)
+        if end in after:
+            chain.restart()
+    assert transitions(chain) == transitions(day)
+    assert sorted(chain.messages) == sorted(day.messages)
 
 
 # ---------------------------------------------------------------------- another model under the name
