@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import redis
 from prometheus_client import CollectorRegistry
@@ -72,11 +70,6 @@ def use_one_thread_a_model() -> None:
     import torch  # noqa: PLC0415  seconds that only a worker needs
 
     torch.set_num_threads(1)
-
-
-def use_kernel_cache(state_dir: Path) -> None:
-    """Keep compiled kernels in the state directory; before the first import of numba."""
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(state_dir.resolve() / "numba"))
 
 
 def load_agents(
@@ -201,7 +194,6 @@ def stored_records(store: RedisStore, *, rebuild: bool) -> dict[str, Record]:
 
 def serve(settings: Settings, options: Options, log: FilteringBoundLogger) -> None:
     """`quartet run`: everything from the server to the last commit."""
-    use_kernel_cache(settings.state_dir)
     use_one_thread_a_model()
     with server_url(settings, start=True) as url:
         client = open_client(url)

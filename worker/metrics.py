@@ -137,7 +137,7 @@ class Metrics:
         )
         self._lag = Gauge("quartet_stream_lag", "Entries not yet consumed", ("stream",), registry=registry)
         self._length = Gauge("quartet_stream_length", "Entries in a stream", ("stream",), registry=registry)
-        text = "Tries to commit by result; those that are ok or lost_reply were written"
+        text = "Tries to commit by result; ok and lost_reply were written, out_of_memory counts refused reads too"
         self._commits = _Counts(registry, "quartet_commits", text, "result")
         self._commits.touch(COMMIT_RESULTS)
         self._recoveries = Counter("quartet_recoveries", "Starts that took up an earlier position", registry=registry)

@@ -509,7 +509,7 @@ class Worker:
         if self.status.server.ok:
             self.log.error("the server is unavailable; nothing is lost, trying again", detail=str(error))
         self.status.server = Condition(ok=False, detail=str(error))
-        if committing:
+        if committing or error.reason == "out_of_memory":  # such a server refuses even the read before a commit
             self.sensors.metrics.commits(error.reason)
 
     # ------------------------------------------------------------------ telling

@@ -23,6 +23,7 @@ from streams.embedded import EmbeddedError
 from streams.messages import Reason
 from streams.store import FencedError, RewoundError, StoreUnavailableError
 from tests.helpers import environment, free_port, quartet, wait_for
+from tests.worker.orders import market
 from worker import errors
 from worker.cli import app as program
 from worker.cli.options import SHARED, with_settings
@@ -225,3 +226,18 @@ def test_a_flag_of_the_commands_own_stands_in_for_a_shared_one(tmp_path: Path, m
 
 def test_every_shared_flag_but_the_file_is_a_setting() -> None:
     assert set(SHARED) - {"config"} <= set(Settings.model_fields)
+
+
+def test_a_command_that_loads_kernels_keeps_them_in_the_state_directory(tmp_path: Path) -> None:
+    """Never in the package's own, which may be read-only: `train` compiles what features need."""
+    names = ("symbol", "ts", "open", "high", "low", "close", "volume")
+    rows = [[fields[name.encode()].decode() for name in names] for fields in market(2, 1_000)]
+    lines = [",".join(row) for row in (names, *rows)]
+    (tmp_path / "bars.csv").write_text("\n".join(lines))
+    env = {k: v for k, v in environment().items() if k != "NUMBA_CACHE_DIR"}
+    done = subprocess.run(
+        [sys.executable, "-m", "worker", "train", "--bars", "bars.csv", "--agent", "lightgbm", "--state-dir", "here"],
+        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "here" / "numba").rglob("kernel.*.nbc"))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from tests.helpers import quartet
+from worker.quality import QualityLimits
 from worker.settings import Settings
 
 
@@ -28,6 +30,18 @@ def test_show_says_where_each_value_comes_from(tmp_path: Path) -> None:
     assert table["lease_s"] == "2.0 (default)"
     assert table["weights"].endswith("(environment, quartet.toml)")
     assert set(table) == set(Settings.model_fields)
+
+
+def test_show_tells_limits_once_and_of_single_agents_what_differs(tmp_path: Path) -> None:
+    def quality() -> str:
+        done = quartet("config", "show", cwd=tmp_path)
+        return next(line for line in done.stdout.splitlines() if line.startswith("quality "))
+
+    limits = " ".join(f"{name}={value}" for name, value in asdict(QualityLimits()).items())
+    assert quality().split(maxsplit=1)[1] == f"{limits}  (default)"
+    (tmp_path / "quartet.toml").write_text("[quality]\nminimum = 300\n[quality.nhits]\nhold_share = 0.95\n")
+    limits = limits.replace("minimum=200", "minimum=300")
+    assert quality().split(maxsplit=1)[1] == f"{limits}; nhits: hold_share=0.95  (quartet.toml)"
 
 
 def test_no_form_of_show_tells_a_password(tmp_path: Path) -> None:

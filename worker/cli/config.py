@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Annotated, Any
 
 import typer
@@ -46,8 +47,26 @@ def _source(name: str, layers: Layers) -> str:
 
 
 def _text(value: Any) -> str:
+    """One line of one setting; of a table of tables what most of them have, then what single ones have instead."""
+    if isinstance(value, dict) and value and all(isinstance(item, dict) for item in value.values()):
+        return _tables(value)
     if isinstance(value, dict):
-        return " ".join(f"{key}={item}" for key, item in value.items())
+        return " ".join(f"{key}={item}" for key, item in value.items()) or "-"
     if isinstance(value, list):
         return ",".join(value) or "-"
     return "-" if value is None else str(value)
+
+
+def _tables(tables: dict[str, dict[str, Any]]) -> str:
+    names = dict.fromkeys(name for table in tables.values() for name in table)
+    found = {
+        name: Counter(table[name] for table in tables.values() if name in table).most_common(1)[0] for name in names
+    }
+    common = {name: value for name, (value, n) in found.items() if n > 1}
+    others = {
+        key: {name: value for name, value in table.items() if name not in common or value != common[name]}
+        for key, table in tables.items()
+    }
+    return "; ".join(
+        [*([_text(common)] if common else []), *(f"{key}: {_text(own)}" for key, own in others.items() if own)]
+    )

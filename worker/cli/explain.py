@@ -38,9 +38,8 @@ def explain(
     if (bar_id is None) != last:
         raise UsageError("give one of BAR_ID and --last")
     from streams.keys import Keys
-    from worker.assembly import open_client, server_url, use_kernel_cache, use_one_thread_a_model
+    from worker.assembly import open_client, server_url, use_one_thread_a_model
 
-    use_kernel_cache(settings.state_dir)
     use_one_thread_a_model()
     from worker.explain import RecordedPlace, ServerPlace
     from worker.explain import explain as explained

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -44,7 +45,14 @@ def with_layers(command: Callable[..., Any]) -> Callable[..., Any]:
 def _settings(flags: dict[str, Any]) -> Any:
     from worker.settings import load
 
-    return load(**flags)
+    settings = load(**flags)
+    use_kernel_cache(settings.state_dir)
+    return settings
+
+
+def use_kernel_cache(state_dir: Path) -> None:
+    """Keep compiled kernels in the state directory, for every command; before the first import of numba."""
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(state_dir.resolve() / "numba"))
 
 
 def _layers(flags: dict[str, Any]) -> Any:

@@ -107,9 +107,8 @@ def _progress() -> Iterator[Progress]:
 def _verify(settings: Settings, file: Path, batch_size: int | None, *, as_json: bool) -> None:
     import orjson
 
-    from worker.assembly import use_kernel_cache, use_one_thread_a_model
+    from worker.assembly import use_one_thread_a_model
 
-    use_kernel_cache(settings.state_dir)
     use_one_thread_a_model()
     from worker.replay.verify import verify
 
