@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from agents import matching, probe, sidecars
 from agents.agent import Built, Family, Head, Model, Refusal, Refused, Scaler
-from agents.discovery import PATTERN, Candidate, candidate_of, discover, misnamed, read_once
+from agents.discovery import PATTERN, Candidate, candidate_of, discover, misnamed, ranks_above, read_once
 from agents.heads import CLASSES, head_for
 from agents.manifest import read_verified
 from agents.sidecars import LoadOptions
@@ -29,6 +29,7 @@ __all__ = [
     "Loading",
     "discover",
     "inspect",
+    "judge_newer",
     "load",
     "load_agent",
     "load_exact",
@@ -66,21 +67,29 @@ def load(candidate: Candidate, options: LoadOptions) -> Model:
     return _load(candidate, options, {})
 
 
-def load_agent(models: Path, agent: str, options: LoadOptions, in_use: str | None = None) -> Loading:
-    """Load the artifact that is selected for `agent`: the first of `discover`.
-
-    Where that is refused nothing older takes its place, except the artifact whose SHA-256 is `in_use`,
-    which the running state names.
-    """
+def load_agent(models: Path, agent: str, options: LoadOptions) -> Loading:
+    """Load the artifact that is selected for `agent`: the first of `discover`. Nothing older takes its place."""
     candidates = discover(models, agent)
     note = _misnamed_note(misnamed(models, agent))
     if not candidates:
         detail = f"no artifact of {agent} in {models}: expected {PATTERN}; put one there or run `quartet train`"
         return Loading(agent, refusal=Refusal(Reason.NO_ARTIFACT, "; ".join(filter(None, (detail, note)))), note=note)
-    newest = replace(_examine(candidates[0], options), note=note)
-    if newest.refusal is None or in_use is None:
-        return newest
-    return _keep_in_use(candidates[1:], options, in_use, newest)
+    return replace(_examine(candidates[0], options), note=note)
+
+
+def judge_newer(serving: Loading, models: Path, options: LoadOptions) -> Loading:
+    """`serving`, and where the artifact that the folder selects ranks above it and is refused, that refusal too."""
+    newest = next(iter(discover(models, serving.agent)), None)
+    if serving.candidate is None or newest is None or not ranks_above(newest, serving.candidate):
+        return serving
+    refusal = _examine(newest, options).refusal
+    if refusal is None:
+        return serving
+    note = (
+        f"{serving.candidate.file.name} serves on, because the newer {newest.file.name} was refused: "
+        f"{refusal.reason}: {refusal.detail}"
+    )
+    return replace(serving, note="; ".join(filter(None, (note, serving.note))), passed_over=(newest, refusal))
 
 
 def load_file(file: Path, agent: str, options: LoadOptions) -> Loading:
@@ -219,28 +228,6 @@ def _examine(candidate: Candidate, options: LoadOptions) -> Loading:
     except Refused as refused:
         return Loading(candidate.agent, None, refused.refusal, candidate, facts)
     return Loading(candidate.agent, model, None, candidate, facts)
-
-
-def _keep_in_use(older: list[Candidate], options: LoadOptions, in_use: str, newest: Loading) -> Loading:
-    """The artifact of that hash, if it is at hand and still passes; else the newest, refused."""
-    if newest.candidate is None or newest.refusal is None:
-        return newest
-    for candidate in older:
-        serving = _examine(candidate, options) if _sha256(candidate, options) == in_use else None
-        if serving is None or serving.model is None or serving.model.sha256 != in_use:
-            continue
-        note = (
-            f"{candidate.file.name} serves on, because the newer {newest.candidate.file.name} was refused: "
-            f"{newest.refusal.reason}: {newest.refusal.detail}"
-        )
-        model = replace(serving.model, detail="; ".join(filter(None, (serving.model.detail, note))))
-        return replace(
-            serving,
-            model=model,
-            note="; ".join(filter(None, (note, newest.note))),
-            passed_over=(newest.candidate, newest.refusal),
-        )
-    return newest
 
 
 def _sha256(candidate: Candidate, options: LoadOptions) -> str | None:

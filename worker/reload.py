@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from agents.agent import Refusal
-from agents.artifacts import Loading, LoadOptions, discover, load_agent, load_exact, load_file
+from agents.artifacts import Loading, LoadOptions, discover, judge_newer, load_agent, load_exact, load_file
 from agents.discovery import PREFIXES, candidate_of, ranks_above
 from streams.messages import Entry, Event, Reason, Reject
 from worker import control
@@ -61,7 +61,10 @@ class Shelf:
         return self._hold(load_exact(self.models, agent, artifact.file, artifact.sha256, self.options))
 
     def serving(self, agent: str, record: Record) -> Loading:
-        """What serves after a start: what the state names, if it is at hand; else the newest, unless it is pinned."""
+        """What serves after a start: what the state names, if it is at hand; else the newest, unless it is pinned.
+
+        Where a newer file is refused, the loading tells that too.
+        """
         key = agent, record.artifact, record.pinned
         if key not in self._served:
             self._served[key] = self._serve(agent, record)
@@ -72,7 +75,9 @@ class Shelf:
             return self.newest(agent)
         find = self.exact if record.pinned else self._same_file
         loading = find(agent, record.artifact)
-        return loading if loading.model is not None or record.pinned else self.newest(agent)
+        if record.pinned:
+            return loading
+        return self.newest(agent) if loading.model is None else judge_newer(loading, self.models, self.options)
 
     def _hold(self, loading: Loading) -> Loading:
         if loading.model is not None:
@@ -179,7 +184,8 @@ class Steering:
         """Forget what waits, which will be read again; `loadings` are what serves or was refused."""
         self._queue.clear()
         self._look = None
-        known = {x.agent: x.candidate.file.name for x in loadings if x.candidate is not None}
+        judged = {x.agent: x.passed_over[0] if x.passed_over else x.candidate for x in loadings}
+        known = {agent: candidate.file.name for agent, candidate in judged.items() if candidate is not None}
         self._watcher = Watcher(self.shelf.models, known)
 
     def close(self) -> None:

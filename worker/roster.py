@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from agents.agent import Model
+from agents.discovery import candidate_of, ranks_above
 from streams.codec import StateCorruptError, seal, unseal
-from streams.messages import AgentState
+from streams.messages import AGENTS, AgentState
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,18 @@ class Artifact:
         """In words, how this one differs from what served before."""
         if self.is_same(before):
             return "the same artifact, read again"
-        beside = before is not None and self.is_file(before)
-        return f"{self.version} serves" + (" with another scaler or other metadata than before" if beside else "")
+        if before is not None and self.is_file(before):
+            return f"{self.version} serves with another scaler or other metadata than before"
+        if before is not None and self._is_older(before):
+            gone = f"older than {before.version}, which served: that file is not in {Path(self.file).parent} any more"
+            return f"{self.version} serves, {gone}"
+        return f"{self.version} serves"
+
+    def _is_older(self, before: Artifact) -> bool:
+        """Whether this one would not be selected where the one before it is at hand."""
+        files = Path(self.file), Path(before.file)
+        pairs = [(candidate_of(files[0], agent), candidate_of(files[1], agent)) for agent in AGENTS]
+        return any(now and then and ranks_above(then, now) for now, then in pairs)
 
     def evidence(self) -> dict[str, str]:
         told = {"version": self.version, "sha256": self.sha256, "file": self.file}

@@ -314,7 +314,7 @@ class Worker:
         detail = "; ".join(part for part in (what, loading.model.detail, loading.note) if part)
         replaces = {"replaces": before.evidence()} if changed and before is not None else {}
         kind = "reload" if changed else "agent_loaded"
-        return Event(kind, agent=loading.agent, detail=detail, evidence=now.evidence() | replaces)
+        return Event(kind, agent=loading.agent, detail=detail, evidence=now.evidence() | replaces | _newer(loading))
 
     def _recovery_event(self, position: Position, rewound: RewoundError | None, rebuilt: Rebuilt | None) -> Event:
         inputs: dict[str, Any] = {key: at.id for key, at in position.inputs.items()}
@@ -575,6 +575,15 @@ class Worker:
 def _told(report: AgentReport) -> tuple[str | None, ...]:
     """What is told of an agent, anew where any of it changes."""
     return str(report.state), report.reason, report.detail, report.seat.version, report.seat.sha256
+
+
+def _newer(loading: Loading) -> dict[str, Any]:
+    """The newer file that was refused while the one of the state serves on, if there is one."""
+    if loading.passed_over is None:
+        return {}
+    candidate, refusal = loading.passed_over
+    told = {"file": str(candidate.file), "version": candidate.version, "reason": str(refusal.reason)}
+    return {"newer_refused": told}
 
 
 def _on_bar(event: Event, bars: Sequence[Bar]) -> Event:

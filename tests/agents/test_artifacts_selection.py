@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from agents import artifacts
-from agents.artifacts import LoadOptions, discover, inspect, load, load_agent
+from agents.artifacts import LoadOptions, discover, inspect, judge_newer, load, load_agent, load_exact
 from streams.contracts import V2, V3
 from streams.messages import AGENTS, Reason
 from tests.agents import builders
@@ -64,10 +64,13 @@ def test_a_misnamed_file_is_reported_with_or_without_an_artifact(tmp_path):
 def test_a_refused_newest_is_never_replaced_by_an_older_one_in_silence(tmp_path):
     good("v20260101_000000").write(tmp_path)
     newest = bad("v20260102_000000").write(tmp_path)
-    for in_use in (None, "0" * 64, sha256(newest)):
-        loading = load_agent(tmp_path, "nhits", PLAIN, in_use)
-        assert (loading.model, loading.candidate) == (None, newest)
-        assert loading.refusal.reason is Reason.CONTRACT_MISMATCH
+    loading = load_agent(tmp_path, "nhits", PLAIN)
+    assert (loading.model, loading.candidate) == (None, newest)
+    assert loading.refusal.reason is Reason.CONTRACT_MISMATCH
+
+
+def exact(models, candidate, sha=None):
+    return load_exact(models, "nhits", str(candidate.file), sha or sha256(candidate), PLAIN)
 
 
 def test_the_artifact_in_use_serves_on_and_the_note_says_so(tmp_path):
@@ -75,35 +78,38 @@ def test_the_artifact_in_use_serves_on_and_the_note_says_so(tmp_path):
     used = good("v20260102_000000", seed=2).write(tmp_path)
     good("v20260103_000000", seed=3).write(tmp_path)
     newest = bad("v20260104_000000").write(tmp_path)
-    loading = load_agent(tmp_path, "nhits", PLAIN, sha256(used))
+    loading = judge_newer(exact(tmp_path, used), tmp_path, PLAIN)
     assert (loading.candidate, loading.model.sha256, loading.refusal) == (used, sha256(used), None)
     assert loading.passed_over[0] == newest
     assert loading.passed_over[1].reason is Reason.CONTRACT_MISMATCH
-    for said in (loading.note, loading.model.detail):
-        assert used.file.name in said
-        assert newest.file.name in said
-        assert "contract_mismatch" in said
+    for said in (used.file.name, newest.file.name, "contract_mismatch"):
+        assert said in loading.note
+
+
+def test_nothing_is_said_of_a_newer_one_that_passes_or_of_an_older_one_that_does_not(tmp_path):
+    bad("v20260101_000000").write(tmp_path)
+    used = good("v20260102_000000").write(tmp_path)
+    assert judge_newer(exact(tmp_path, used), tmp_path, PLAIN).note == ""
+    good("v20260103_000000", seed=2).write(tmp_path)
+    assert judge_newer(exact(tmp_path, used), tmp_path, PLAIN).passed_over is None
 
 
 def test_an_artifact_in_use_that_no_longer_passes_does_not_serve(tmp_path):
     used = bad("v20260101_000000").write(tmp_path)
-    newest = Parts(model_bytes=b"cut", stem="v20260102_000000").write(tmp_path)
-    loading = load_agent(tmp_path, "nhits", PLAIN, sha256(used))
-    assert (loading.model, loading.candidate) == (None, newest)
-    assert loading.refusal.reason is Reason.CORRUPT_ARTIFACT
+    loading = exact(tmp_path, used)
+    assert (loading.model, loading.refusal.reason) == (None, Reason.CONTRACT_MISMATCH)
 
 
 def test_a_link_to_the_artifact_in_use_does_not_serve(tmp_path):
     (tmp_path / "store").mkdir()
     real = good("v20260101_000000").write(tmp_path / "store")
-    (tmp_path / real.file.name).symlink_to(real.file)
-    bad("v20260102_000000").write(tmp_path)
-    assert load_agent(tmp_path, "nhits", PLAIN, sha256(real)).model is None
+    link = tmp_path / real.file.name
+    link.symlink_to(real.file)
+    assert load_exact(tmp_path, "nhits", str(link), sha256(real), PLAIN).model is None
 
 
 def test_a_file_swapped_after_its_hash_was_compared_does_not_serve_as_the_one_in_use(tmp_path, monkeypatch):
     used = good("v20260101_000000").write(tmp_path)
-    bad("v20260102_000000").write(tmp_path)
     expected, real = sha256(used), artifacts._sha256
 
     def swap(candidate, options):
@@ -112,13 +118,7 @@ def test_a_file_swapped_after_its_hash_was_compared_does_not_serve_as_the_one_in
         return found
 
     monkeypatch.setattr(artifacts, "_sha256", swap)
-    assert load_agent(tmp_path, "nhits", PLAIN, expected).model is None
-
-
-def test_a_newer_artifact_that_passes_serves_whatever_was_in_use(tmp_path):
-    used = good("v20260101_000000").write(tmp_path)
-    newest = good("v20260102_000000", seed=2).write(tmp_path)
-    assert load_agent(tmp_path, "nhits", PLAIN, sha256(used)).candidate == newest
+    assert exact(tmp_path, used, expected).model is None
 
 
 def rows_of(models):

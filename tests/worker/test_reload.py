@@ -8,6 +8,8 @@ import shutil
 import threading
 from pathlib import Path
 
+import pytest
+
 from streams.codec import seal
 from streams.contracts import V3
 from tests.worker.orders import FIRST, LAZY, SECOND, market, put, trial
@@ -144,6 +146,16 @@ def test_the_worker_takes_up_what_the_folder_brings(desk, versions, models):
     assert "order" not in event["evidence"]
 
 
+def looks(one, n):
+    """As many looks at the folder, each finished and taken up."""
+    for _ in range(n):
+        one.worker._folder_at = 0.0
+        one.worker._turn()
+        if one.worker.steering._look is not None:
+            one.worker.steering._look.result()
+    one.worker._turn()
+
+
 def turn_until(one, condition):
     while not condition():
         one.worker._turn()
@@ -156,9 +168,7 @@ def test_a_refused_newest_is_said_once_and_tried_again_when_it_changes(desk, ver
     file = models / f"xgboost_{SECOND}.ubj"
     file.write_bytes(b"torn")
     turn_until(one, lambda: one.events("reload_refused"))
-    for _ in range(6):
-        turn_until(one, lambda: one.worker.steering._look is not None)
-        one.worker._turn()
+    looks(one, 6)
     assert len(one.events("reload_refused")) == 1
     put(versions, SECOND, models)
     turn_until(one, lambda: one.events("reload"))
@@ -185,9 +195,7 @@ def mean_in_use(one):
 def test_another_scaler_beside_the_same_model_is_taken_up_with_an_event(desk, models):
     one = desk(watch_s=0.001)
     one.feed(BARS[:100])
-    for _ in range(4):
-        turn_until(one, lambda: one.worker.steering._look is not None)
-        one.worker._turn()
+    looks(one, 4)
     mean = other_scaler(models)
     turn_until(one, lambda: one.events("reload"))
     (event,) = one.events("reload")
@@ -269,9 +277,7 @@ def test_a_pinned_artifact_that_is_gone_is_refused_not_replaced(desk, versions, 
     put(versions, SECOND, models)
     turn_until(one, lambda: one.events("reload"))
     assert [e["evidence"]["version"] for e in one.order("rollback", "xgboost")] == [FIRST]
-    for _ in range(6):
-        turn_until(one, lambda: one.worker.steering._look is not None)
-        one.worker._turn()
+    looks(one, 6)
     assert [e["kind"] for e in one.order("reload", "")] == ["reload", "reload_skipped"]
     one.restart()
     one.feed(BARS[100:120])
@@ -299,6 +305,37 @@ def test_a_swap_empties_the_safeguards_window_and_keeps_an_operators_mute(desk, 
     assert (safeguard.quality("xgboost").attempts, safeguard.quality("lightgbm").attempts) == (0, 142)
     one.feed(BARS[200:220])
     assert {(v["state"], v["reason"]) for v in one.votes()[-20:]} == {("muted", "operator")}
+
+
+def test_a_refused_newer_file_is_told_at_the_start_and_not_again_by_the_watch(desk, models):
+    one = desk(watch_s=0.001)
+    one.feed(BARS[:100])
+    newer = models / "xgboost_v20270101_000000_v3.ubj"
+    newer.write_bytes(b"not a model")
+    one.restart()
+    event = one.events("agent_loaded")[-2]
+    assert (event["agent"], event["evidence"]["version"]) == ("xgboost", FIRST)
+    assert f"the newer {newer.name} was refused: corrupt_artifact" in event["detail"]
+    assert event["evidence"]["newer_refused"]["file"] == str(newer)
+    looks(one, 6)
+    assert one.events("reload_refused") == []
+    one.feed(BARS[100:110])
+    assert one.versions() == [FIRST]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_an_older_artifact_in_the_place_of_one_that_is_gone_is_told_as_such(restart, desk, versions, models):
+    put(versions, SECOND, models)
+    one = desk()
+    one.feed(BARS[:100])
+    for file in models.glob(f"xgboost_{SECOND}*"):
+        file.unlink()
+    if restart:
+        one.restart()
+    else:
+        one.order("reload", "xgboost")
+    (event,) = one.events("reload")
+    assert f"{FIRST} serves, older than {SECOND}, which served: that file is not in" in event["detail"]
 
 
 def test_a_record_survives_packing():
