@@ -6,7 +6,11 @@ import datetime as dt
 import ipaddress
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import redis
@@ -15,10 +19,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from streams.keys import Keys
 from tests.chaos.scene import Fields, Stage, until
 from tests.helpers import free_port, quartet
 from tests.running.conftest import ACL_FILE, PASSWORDS, Server, acl_with_passwords, served
 from worker.cli.app import invoke
+from worker.http import Answer, Readiness
+from worker.page import Page
 
 SIGNALS = 4 * 31
 """60 bars of 4 symbols, a vector being ready from the 30th bar on."""
@@ -55,9 +62,67 @@ def test_the_worker_runs_end_to_end_with_the_minimal_rights(
         assert reader.xlen("quartet:signals") == SIGNALS
         assert reader.xlen("quartet:rejected") == 1
         assert json.loads(reader.xrevrange("quartet:signals", count=1)[0][1][b"data"])["voting"] == 2
+        the_page_is_served(made, feed, bars[-1])
         used = {name.removeprefix("cmdstat_") for name in reader.info("commandstats")}
     granted = {right[1:] for right in rights("worker") if right.startswith("+")}
     assert granted - used == set()
+
+
+def the_page_is_served(stage: Stage, feed: redis.Redis, bar: Fields) -> None:
+    """A worker answers each address of its page, and a browser is told of a new bar."""
+    life = stage.start()
+    started = '"event":"metrics and health'
+    until(lambda: started in life.text.replace('": ', '":'), life)
+    lines = [json.loads(line) for line in life.text.splitlines() if line.startswith("{")]
+    url = urlsplit(next(line["url"] for line in lines if line["event"].startswith("metrics and health")))
+    series = "symbol=SYN01&interval=1m"
+    with closing(HTTPConnection(url.netloc, timeout=30)) as watching:
+        watching.request("GET", f"/api/live?{series}")
+        live = watching.getresponse()
+        assert told(live, "reload") == {}
+        assert asked(url.netloc, "/api/overview")["signal"]["voting"] == 2
+        assert asked(url.netloc, "/api/symbols")["total"] == 4
+        assert len(asked(url.netloc, f"/api/series?{series}")["rows"]["ts"]) == 60
+        after = int(bar[b"ts"]) + 60_000
+        entries(feed, [{**bar, b"symbol": b"SYN01", b"ts": b"%d" % after}])
+        assert told(live, "rows")["ts"] == [after]
+        live.close()
+    assert life.terminate() == 0
+
+
+def asked(address: str, path: str) -> Any:
+    with closing(HTTPConnection(address, timeout=30)) as connection:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        body = json.load(answer)
+        assert answer.status == 200, body
+        return body
+
+
+def told(live: HTTPResponse, name: str) -> Any:
+    """What the next event of this name says; a stream that says it cannot read is a failure."""
+    event = ""
+    while line := live.readline().decode():
+        key, _, value = line.rstrip("\n").partition(": ")
+        event = value if key == "event" else event
+        if key == "data":
+            assert event != "away", value
+            if event == name:
+                return json.loads(value)
+    pytest.fail("the stream ended")
+
+
+def test_a_page_that_may_not_read_says_so_and_not_that_the_server_is_away(guarded: Callable[[str], str]) -> None:
+    with redis.Redis.from_url(guarded("feed")) as client:
+        page = Page(client, Keys("quartet"), lambda: Readiness({}), quorum=3, warmup_bars=100)
+        answer = page.answer("/api/overview")
+        page.close()
+    assert isinstance(answer, Answer)
+    assert answer.status == 503
+    error = json.loads(answer.body)["error"]
+    assert "does not let the page read" in error
+    assert "users.acl" in error
+    assert "away" not in error
 
 
 def test_readers_and_operators_can_do_their_work_with_their_rights(

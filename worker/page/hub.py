@@ -12,7 +12,7 @@ import orjson
 import redis
 
 from streams.codec import from_json
-from worker.page.reader import News, Pair, StreamReader, concerns, symbol_of
+from worker.page.reader import News, Pair, StreamReader, concerns, symbol_of, trouble
 from worker.page.rows import columns, event_note, reject_note
 
 MOST_VIEWERS = 16
@@ -117,7 +117,7 @@ class Hub:
                 positions = self._look(positions)
             except redis.RedisError as error:
                 positions = {}
-                self._tell_all("away", {"detail": str(error)})
+                self._tell_all("away", {"detail": trouble(error)})
             self._closed.wait(LOOK_EVERY_S)
 
     def _is_needed(self) -> bool:

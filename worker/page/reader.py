@@ -158,6 +158,15 @@ class StreamReader:
             time.sleep(time.monotonic() - started)
 
 
+def trouble(error: redis.RedisError) -> str:
+    """Why nothing can be read, in words: a server that answers is not away."""
+    if isinstance(error, redis.exceptions.NoPermissionError):
+        return f"the server does not let the page read: {error}; give its user the rights of deploy/redis/users.acl"
+    if isinstance(error, redis.exceptions.ResponseError):
+        return f"the server answers the page with an error: {error}"
+    return f"the server is away: {error}"
+
+
 def symbol_of(data: bytes) -> str:
     """The symbol of an output message, without decoding the rest where it comes first, as the worker writes it."""
     head = b'{"symbol":"'

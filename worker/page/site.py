@@ -17,7 +17,7 @@ import redis
 from streams.keys import Keys
 from worker.http import Answer, Readiness, Stream
 from worker.page.hub import Hub
-from worker.page.reader import MOST_BARS, Pair, StreamReader
+from worker.page.reader import MOST_BARS, Pair, StreamReader, trouble
 
 MOST_MATCHES = 50
 TYPES = {
@@ -79,7 +79,7 @@ class Page:
         except BadQuery as error:
             return self._json({"error": str(error)}, HTTPStatus.BAD_REQUEST)
         except redis.RedisError as error:
-            return self._json({"error": f"the server is away: {error}"}, HTTPStatus.SERVICE_UNAVAILABLE)
+            return self._json({"error": trouble(error)}, HTTPStatus.SERVICE_UNAVAILABLE)
 
     def close(self) -> None:
         """End the live streams."""

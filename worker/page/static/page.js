@@ -186,7 +186,7 @@ function connect() {
     chart.show(rows.list, null);
     refresh();
   });
-  on("away", ({ detail }) => lost(`the worker cannot reach its server, ${detail}`));
+  on("away", ({ detail }) => lost(detail));
   source.onerror = () => {
     if (source !== live) return;
     lost("");
