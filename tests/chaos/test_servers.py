@@ -24,6 +24,7 @@ from tests.helpers import free_port, wait_for
 from worker.features.bank import FeatureBank
 from worker.intake import Intake
 from worker.pipeline import PARTS
+from worker.top import Samples
 
 ENTRIES = market(4, 250)
 CUTS = 60
@@ -138,29 +139,60 @@ def test_a_server_that_is_away_makes_the_worker_unready_and_loses_nothing(stage,
         chain = stage(between.url, TREES)
         chain.feed(ENTRIES[:500])
         life = chain.start()
-        until(lambda: "metrics and health" in life.text, life)
-        port = json.loads(next(line for line in life.text.splitlines() if "metrics and health" in line))["url"]
-        until(lambda: ready(port)[0] == 200, life)
+        url = address(life)
+        until(lambda: unmet(url) == FROM_LONG_AGO, life)
         between.go_away()
-        until(lambda: ready(port)[0] == 503, life)
-        assert not ready(port)[1]["conditions"]["redis"]["ok"]
+        until(lambda: unmet(url) == FROM_LONG_AGO | {"redis"}, life)
         time.sleep(5)
         assert life.alive(), "it waits"
         between.come_back()
         chain.feed(ENTRIES[500:], 500)
         until(lambda: chain.progress() == len(ENTRIES), life)
-        until(lambda: ready(port)[0] == 200, life)
+        until(lambda: unmet(url) == FROM_LONG_AGO, life)
         assert life.terminate() == 0
         assert_same(chain.outputs(), calm[0])
 
 
-def ready(url: str):
-    """Status and body of the readiness probe."""
-    try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=5) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
+FROM_LONG_AGO = {"fresh_bar"}
+"""What is always unmet here: by their IDs these bars arrived in 2025."""
+
+
+def address(life) -> str:
+    """Where a worker serves its metrics and health."""
+    until(lambda: "metrics and health" in life.text, life)
+    return json.loads(next(line for line in life.text.splitlines() if "metrics and health" in line))["url"]
+
+
+def unmet(url: str) -> set[str]:
+    """The conditions that keep a worker from being ready."""
+    with pytest.raises(urllib.error.HTTPError) as answer:
+        urllib.request.urlopen(f"{url}/readyz", timeout=5)
+    assert answer.value.code == 503
+    return {name for name, condition in json.load(answer.value)["conditions"].items() if not condition["ok"]}
+
+
+def commits(url: str, result: str) -> float:
+    """How often the worker's commits came to `result`."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=5) as answer:
+        return Samples(answer.read().decode()).one("quartet_commits_total", result=result) or 0.0
+
+
+def test_commits_whose_replies_are_lost_are_counted_and_change_nothing(stage, calm, tmp_path):
+    with Server("valkey", tmp_path / "server") as server, proxy(server.url) as between:
+        chain = stage(between.url, TREES, QUARTET_BATCH_SIZE="4")
+        life = chain.start()
+        url = address(life)
+        chain.url = server.url  # the worker alone is behind the proxy
+        chain.feed(ENTRIES)
+        while chain.progress() < len(ENTRIES):  # any reply may be the one that is cut: some are of commits
+            before, between.fault = chain.progress(), "cut"
+            until(lambda: between.fault is None or chain.progress() == len(ENTRIES), life)
+            until(lambda before=before: chain.progress() > before or chain.progress() == len(ENTRIES), life)
+        between.fault = None
+        assert commits(url, "lost_reply") >= 2
+        assert commits(url, "unavailable") >= commits(url, "lost_reply"), "each was first an answer that never came"
+        assert life.terminate() == 0, life.text
+        assert_same(chain.outputs(), calm[0])
 
 
 def test_a_server_that_is_not_there_at_the_start_is_one_line_and_exit_code_3(stage):
@@ -183,6 +215,9 @@ def test_a_server_out_of_memory_is_waited_for(stage, calm, tmp_path):
             os.kill(life.pid, signal.SIGCONT)
             until(lambda: "maxmemory" in life.text, life)
             assert chain.progress() == 500
+            url = address(life)
+            wait_for(lambda: commits(url, "out_of_memory") > 0)
+            assert commits(url, "error") == commits(url, "read_only") == commits(url, "fenced") == 0
             client.config_set("maxmemory", 0)
         wait_for(lambda: chain.progress() == len(ENTRIES), 60)
         assert life.terminate() == 0
