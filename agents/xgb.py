@@ -22,6 +22,9 @@ from streams.messages import Reason
 
 _ESTIMATORS = ("xgboost.sklearn.XGBRegressor", "xgboost.sklearn.XGBClassifier")
 _BOOSTER = "xgboost.core.Booster"
+MAX_JSON_VALUES = 8_000_000
+"""Commas and opening brackets of a `.json` model: about 100 bytes each at the worst."""
+
 _BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 
 
@@ -166,6 +169,9 @@ def _ubj(data: bytes) -> Mapping[str, Any]:
 
 
 def _json(data: bytes) -> Mapping[str, Any]:
+    # Python's values cost up to 30 times their text: they are counted before they are made.
+    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise _corrupt(f"more than {MAX_JSON_VALUES} values: export the model as .ubj, which holds larger ones")
     try:
         document = json.loads(data, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

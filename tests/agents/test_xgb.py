@@ -222,3 +222,12 @@ def test_lengths_and_depths_that_cannot_be_are_corrupt_without_being_allocated(d
     with pytest.raises(Refused) as refused:
         xgb.parse(data, ".ubj")
     assert refused.value.refusal.reason is Reason.CORRUPT_ARTIFACT
+
+
+def test_a_json_of_too_many_values_is_refused_before_they_are_made(monkeypatch):
+    """Each costs many times its text; the library's reader never sees them."""
+    monkeypatch.setattr(xgb.json, "loads", lambda *_, **__: pytest.fail("the values were made"))
+    with pytest.raises(Refused) as refused:
+        xgb.parse(b'{"learner":[' + b"[]," * 5_000_000 + b"0]}", ".json")
+    assert refused.value.refusal.reason is Reason.CORRUPT_ARTIFACT
+    assert "export the model as .ubj" in refused.value.refusal.detail
