@@ -92,7 +92,7 @@ class Shelf:
             for artifact in (record.artifact, record.before, record.trial and record.trial.artifact)
             if artifact
         }
-        self._held = {key: loading for key, loading in self._held.items() if key in named}
+        self._held = {key: loading for key, loading in self._held.copy().items() if key in named}
         self._served = {}
 
 
