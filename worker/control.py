@@ -135,6 +135,9 @@ def begin_trial(pipeline: Pipeline, order: Order, loading: Loading) -> Event:
     if loading.model.sha256 != order.sha256:
         detail = f"{order.file} has sha256 {loading.model.sha256[:12]}, ordered was {order.sha256[:12]}: order again"
         return refused(order, order.agent, "file_changed", detail, {"file": order.file})
+    if Artifact.of(loading.model).is_same(pipeline.records[order.agent].artifact):
+        detail = f"{loading.model.version} is what serves, with the same scaler and metadata: name another version"
+        return refused(order, order.agent, "same_artifact", detail, {"file": order.file})
     kind = AgentState(order.order)
     pipeline.begin_trial(order.agent, loading.model, kind)
     share = f"with {pipeline.canary_share:.0%} of the weight" if kind is AgentState.CANARY else "with weight 0"

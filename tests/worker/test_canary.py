@@ -370,3 +370,13 @@ def test_the_windows_of_a_canary_are_not_taken_up_again_by_the_next(desk, tmp_pa
     again = [vote["outputs"] is not None for vote in one.votes("nhits_canary")[len(answered) :]]
     assert again.index(True) == answered.index(True)
     assert one.votes("nhits_canary")[len(answered)]["reason"] == "insufficient_history"
+
+
+@pytest.mark.parametrize("kind", ["canary", "shadow"])
+def test_the_very_artifact_that_serves_is_no_trial(desk, versions, kind):
+    """It would agree with itself, and be promoted on that."""
+    one = desk()
+    one.feed(BARS[:HEAD])
+    (event,) = one.order(trial(versions, FIRST, kind))
+    assert (event["kind"], event["reason"]) == ("order_refused", "same_artifact")
+    assert one.worker.pipeline.records["xgboost"].trial is None
