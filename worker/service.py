@@ -307,7 +307,7 @@ class Worker:
         if loading.model is None:
             refusal = loading.refusal
             reason, detail = (str(refusal.reason), refusal.detail) if refusal else ("", "")
-            return Event("agent_refused", agent=loading.agent, reason=reason, detail=detail)
+            return Event("agent_refused", agent=loading.agent, reason=reason, detail=detail, evidence=_refused(loading))
         before, now = record.artifact, Artifact.of(loading.model)
         changed = before is not None and not before.is_same(now)
         what = now.change(before) if changed else ""
@@ -575,6 +575,13 @@ class Worker:
 def _told(report: AgentReport) -> tuple[str | None, ...]:
     """What is told of an agent, anew where any of it changes."""
     return str(report.state), report.reason, report.detail, report.seat.version, report.seat.sha256
+
+
+def _refused(loading: Loading) -> dict[str, Any]:
+    """Which file was refused, as far as it was found and read."""
+    candidate = loading.candidate
+    found = {} if candidate is None else {"file": str(candidate.file), "version": candidate.version}
+    return found | {key: loading.facts[key] for key in ("sha256",) if key in loading.facts}
 
 
 def _newer(loading: Loading) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import threading
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -336,6 +337,14 @@ def test_an_older_artifact_in_the_place_of_one_that_is_gone_is_told_as_such(rest
         one.order("reload", "xgboost")
     (event,) = one.events("reload")
     assert f"{FIRST} serves, older than {SECOND}, which served: that file is not in" in event["detail"]
+
+
+def test_a_refusal_at_the_start_names_its_file(desk, models):
+    file = models / "xgboost_v20270101_000000_v3.ubj"
+    file.write_bytes(b"not a model")
+    (event,) = desk().events("agent_refused")
+    told = {"file": str(file), "version": "v20270101_000000_v3", "sha256": sha256(b"not a model").hexdigest()}
+    assert event["evidence"] == told
 
 
 def test_a_record_survives_packing():
