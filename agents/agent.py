@@ -16,6 +16,10 @@ Outputs = NDArray[np.float64]
 """Raw outputs of a model before softmax or thresholds, `[B, K]`, K of 1, 3 or 12."""
 
 
+SAVE_AGAIN = "copy the file again, or save it again where it was trained"
+"""How every refusal of damaged bytes ends."""
+
+
 class Scaler(Protocol):
     """Maps raw features to what the model was trained on, column by column."""
 

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable
 from typing import Protocol
 
-from agents.agent import Refused
+from agents.agent import SAVE_AGAIN, Refused
 from streams.messages import Reason
 
 MAX_BYTES = 128 * 2**20
@@ -71,4 +71,4 @@ def _inflate(decompressor: _Decompressor, data: bytes, limit: int) -> bytes:
 
 
 def _corrupt(detail: str) -> Refused:
-    return Refused(Reason.CORRUPT_ARTIFACT, detail)
+    return Refused(Reason.CORRUPT_ARTIFACT, f"{detail}; {SAVE_AGAIN}")

@@ -18,7 +18,7 @@ import orjson
 from numpy.typing import ArrayLike, NDArray
 
 from agents import unpickle
-from agents.agent import Refused, Scaler
+from agents.agent import SAVE_AGAIN, Refused, Scaler
 from streams.messages import Reason
 
 FORMAT = "quartet-scaler/1"
@@ -233,4 +233,4 @@ def _limits(clip: Any) -> tuple[float, float]:
 
 
 def _corrupt(detail: str) -> Refused:
-    return Refused(Reason.CORRUPT_ARTIFACT, detail)
+    return Refused(Reason.CORRUPT_ARTIFACT, f"{detail}; {SAVE_AGAIN}")

@@ -16,7 +16,7 @@ import xgboost
 from numpy.typing import NDArray
 
 from agents import ubjson, unpickle, xgb_document
-from agents.agent import Built, Refused
+from agents.agent import SAVE_AGAIN, Built, Refused
 from agents.xgb_document import Shape
 from streams.messages import Reason
 
@@ -193,4 +193,4 @@ def _unknown(detail: str) -> Refused:
 
 
 def _corrupt(detail: str) -> Refused:
-    return Refused(Reason.CORRUPT_ARTIFACT, detail)
+    return Refused(Reason.CORRUPT_ARTIFACT, f"{detail}; {SAVE_AGAIN}")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import xgboost
 
-from agents import ubjson, xgb
+from agents import scalers, ubjson, xgb
 from agents.agent import Refused
 from streams.messages import Reason
 from tests.agents import legacy
@@ -231,3 +231,10 @@ def test_a_json_of_too_many_values_is_refused_before_they_are_made(monkeypatch):
         xgb.parse(b'{"learner":[' + b"[]," * 5_000_000 + b"0]}", ".json")
     assert refused.value.refusal.reason is Reason.CORRUPT_ARTIFACT
     assert "export the model as .ubj" in refused.value.refusal.detail
+
+
+def test_a_damaged_model_and_a_damaged_scaler_are_refused_with_what_to_do():
+    for parse, suffix in ((xgb.parse, ".ubj"), (xgb.parse, ".json"), (scalers.parse, ".json"), (scalers.parse, ".pkl")):
+        with pytest.raises(Refused) as refused:
+            parse(b"\x78damaged", suffix)
+        assert refused.value.refusal.detail.endswith("copy the file again, or save it again where it was trained")
