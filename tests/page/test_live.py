@@ -191,6 +191,9 @@ def test_a_request_for_the_head_of_the_live_stream_takes_no_place(live: Scene) -
     [
         ("/api/series?symbol=SYN01&interval=1m&bars=501", 400),
         ("/api/series?symbol=SYN01&interval=1m&bars=-1", 400),
+        ("/api/series?symbol=SYN01&interval=1m&bars=0", 400),
+        ("/api/series?symbol=SYN01&interval=1m&bars=00001999999", 400),
+        pytest.param("/api/series?symbol=SYN01&interval=1m&bars=00001" + "0" * 5000, 400, id="5000 zeros"),
         ("/api/series?symbol=%00&interval=1m", 400),
         ("/api/series?symbol=SYN01&interval=1y", 400),
         ("/api/series", 400),

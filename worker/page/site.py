@@ -32,6 +32,7 @@ CHARTS = "lightweight-charts.standalone.production.mjs"
 _JSON = "application/json"
 _SYMBOL = re.compile(r"[A-Za-z0-9._:/-]{1,64}")
 _INTERVAL = re.compile(r"[1-9][0-9]{0,4}[smhd]")
+_COUNT = re.compile(r"[1-9][0-9]{0,2}")
 _LOGO_STYLE = re.compile(r'innerText="(a#tv-attr-logo[^"]*)"')
 
 Query = Mapping[str, str]
@@ -115,7 +116,7 @@ class Page:
 
     def _series(self, query: Query) -> Answer:
         bars = query.get("bars", str(MOST_BARS))
-        if not (bars.isascii() and bars.isdigit() and 1 <= int(bars[:5]) <= MOST_BARS):
+        if not _COUNT.fullmatch(bars) or int(bars) > MOST_BARS:
             raise BadQuery(f"bars: expected 1 to {MOST_BARS}; found {bars[:20]!r}")
         return self._json(self._reader.series(_pair(query), int(bars)))
 
