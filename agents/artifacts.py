@@ -151,7 +151,13 @@ def _load(candidate: Candidate, options: LoadOptions, facts: dict[str, Any]) -> 
     # Features.
     own = found.content if found is not None and found.own and found.content.width == built.width else None
     names = None if own is None else own.features
-    match = matching.match_features(built, names, metadata, whole=candidate.agent in _SEQUENCE)
+    try:
+        match = matching.match_features(built, names, metadata, whole=candidate.agent in _SEQUENCE)
+    except Refused as refused:
+        if found is None or names is not None or not found.own or found.content.width == built.width:
+            raise
+        beside = f"{found.file.name} beside it is of {found.content.width} features: {refused.refusal.detail}"
+        raise Refused(refused.refusal.reason, beside) from refused
     facts.update(features=match.features, feature_set=match.feature_set.name)
 
     # Scaler, contract.

@@ -193,14 +193,18 @@ def split(product: int, length: int | None, width: int | None, default: int, wha
     return length, width
 
 
+def unflattened(maps: Sequence[Mapping[str, Any]], key: str, product: int) -> list[dict[str, Any]]:
+    """The metadata without `key` where it tells the flattened input, bars x features."""
+    return [{k: v for k, v in m.items() if not (k == key and v == product)} for m in maps]
+
+
 def declared_width(maps: Sequence[Mapping[str, Any]], product: int) -> int | None:
     """The number of features that the metadata tell, where they tell it.
 
     `input_dim` is in use for the flattened input too. A list of names that cannot be right is left
     to the feature check, which names it.
     """
-    flat = [{k: v for k, v in m.items() if not (k == "input_dim" and v == product)} for m in maps]
-    width = setting(flat, ("num_features", "input_dim"))
+    width = setting(unflattened(maps, "input_dim", product), ("num_features", "input_dim"))
     if width is None:
         listed_names = next(filter(None, map(names, maps)), None)
         width = len(listed_names) if listed_names and product % len(listed_names) == 0 else None

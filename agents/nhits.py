@@ -102,7 +102,7 @@ def build(parsed: Checkpoint, metadata: Mapping[str, Any]) -> Built:
     product = sizes[0][1]
     window, width = checkpoint.split(
         product,
-        checkpoint.setting(maps, _WINDOW_KEYS),
+        checkpoint.setting(checkpoint.unflattened(maps, "input_size", product), _WINDOW_KEYS),
         checkpoint.declared_width(maps, product),
         WINDOW,
         "the first layer",

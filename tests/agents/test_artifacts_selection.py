@@ -304,3 +304,19 @@ def test_every_agent_has_a_family_that_loads(tmp_path):
         (tmp_path / f"{agent}_v20260101_000000.pkl").write_bytes(b"nothing")
         assert len(discover(tmp_path, agent)) == 1
         assert load_agent(tmp_path, agent, PLAIN).refusal.reason in {Reason.CORRUPT_ARTIFACT, Reason.UNSAFE_ARTIFACT}
+
+
+def test_the_flattened_input_is_not_read_as_a_window(tmp_path):
+    """`input_size` as N-HiTS libraries write it: 4 bars x 8 features."""
+    parts = good("v20260101_000000")
+    parts.metadata |= {"input_size": 32}
+    assert load(parts.write(tmp_path), PLAIN).window == 4
+
+
+def test_a_refusal_for_want_of_names_tells_of_a_scaler_of_another_width(tmp_path):
+    parts = Parts(builders.nhits_state(4 * 9, (16, 16), 2, 12), stem="v20260101_000000")
+    parts.metadata, parts.scaler = {"window": 4}, builders.json_scaler(8, V2.features)
+    parts.write(tmp_path)
+    refusal = load_agent(tmp_path, "nhits", PLAIN).refusal
+    assert refusal.reason is Reason.FEATURE_MISMATCH
+    assert "_scaler.json beside it is of 8 features" in refusal.detail
