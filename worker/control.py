@@ -16,7 +16,7 @@ import orjson
 from agents.agent import Model
 from agents.artifacts import Loading
 from streams.messages import AGENTS, CANARY, AgentState, Entry, Event, Reason
-from worker.pipeline import Pipeline
+from worker.pipeline import WAITING, Pipeline
 from worker.roster import Artifact
 
 STAGE, REASON = "control", "order"
@@ -173,7 +173,8 @@ def promote(pipeline: Pipeline, order: Order) -> Event:
         return refused(order, agent, "insufficient", detail, evidence)
     replaces = record.artifact.evidence() if record.artifact else {}
     pipeline.promote(agent)
-    detail = f"{record.trial.artifact.version} takes the seat; `quartet models rollback {agent}` takes it back"
+    detail = f"{record.trial.artifact.version} takes the seat; `quartet models rollback {agent}` takes it back; "
+    detail += WAITING.format(agent)
     return Event(
         "promoted", agent=agent, detail=detail, evidence={**order.evidence(), **evidence, "replaces": replaces}
     )
@@ -184,7 +185,8 @@ def end_trial(pipeline: Pipeline, order: Order) -> Event:
     trial = pipeline.records[order.agent].trial
     assert trial is not None  # noqa: S101 - the caller has seen it
     pipeline.end_trial(order.agent)
-    detail = f"the {trial.kind} {trial.artifact.version} is taken away; the running version stays"
+    detail = f"the {trial.kind} {trial.artifact.version} is taken away; the running version stays; "
+    detail += WAITING.format(order.agent)
     evidence = {**order.evidence(), **trial.artifact.evidence(), "since": trial.since, "kind": str(trial.kind)}
     return Event("rolled_back", agent=order.agent + CANARY, reason="operator", detail=detail, evidence=evidence)
 
@@ -198,7 +200,7 @@ def go_back(pipeline: Pipeline, order: Order, loading: Loading | None) -> Event:
         return refused(order, order.agent, *_why(loading))
     replaced = pipeline.records[order.agent].artifact
     pipeline.install(order.agent, loading.model, pinned=True)
-    detail = f"{loading.model.version} serves again, until `quartet models reload {order.agent}`"
+    detail = f"{loading.model.version} serves again; {WAITING.format(order.agent)}"
     evidence = {**order.evidence(), **_swap(loading.model, replaced)}
     return Event("rolled_back", agent=order.agent, reason="operator", detail=detail, evidence=evidence)
 

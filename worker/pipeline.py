@@ -36,6 +36,9 @@ State = Mapping[str, Mapping[bytes, bytes]]
 CANARY_PERIOD_MS = 6 * 3_600_000
 """How long, by the bars' clock, any violation rolls a canary back."""
 
+WAITING = "newer files wait for `quartet models reload {}`"
+"""What follows for whoever trains: a promotion or a rollback pins what serves."""
+
 PARTS = (
     "series",
     "features",
@@ -198,7 +201,8 @@ class Pipeline:
 
     def _serving(self, agent: str) -> str:
         artifact = self.records[agent].artifact
-        return f"{agent} serves on with {artifact.version}" if artifact else f"{agent} has no model"
+        serves = f"{agent} serves on with {artifact.version}" if artifact else f"{agent} has no model"
+        return f"{serves}; {WAITING.format(agent)}"
 
     # ------------------------------------------------------------------ between two batches
 

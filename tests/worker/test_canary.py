@@ -78,6 +78,7 @@ def test_a_violation_rolls_a_canary_back_on_its_very_bar(desk, versions, batch_s
     assert event["agent"] == "xgboost_canary"
     assert event["evidence"]["version"] == LAZY
     assert event["reason"] in event["evidence"]["violations"]
+    assert event["detail"].endswith("newer files wait for `quartet models reload xgboost`")
     assert votes[-1]["state"] == "muted"
     assert {v["state"] for v in votes[:-1]} == {"canary"}
     with_it = [signal for signal in one.signals() if "xgboost_canary" in signal["votes"]]
