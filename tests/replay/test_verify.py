@@ -13,6 +13,7 @@ import pytest
 
 from streams.recording import Item, Recorded, Recording
 from streams.redis import connect
+from streams.store import id_tuple
 from tests.chaos.scene import market
 from tests.replay.scene import Scene, edited, rewrite
 from worker.control import Order
@@ -149,6 +150,71 @@ def test_entries_that_are_missing_or_too_many_are_named_and_the_rest_still_fits(
     assert {name: n for name, n in found.differing.items() if n} == {"votes:xgboost": 1, "signals": 1}
     assert found.first is not None
     assert (found.first.stream, found.first.field, found.first.recorded) == ("votes:xgboost", "entry", "(absent)")
+
+
+def _last_of(stream: str) -> Callable[[Item, int], bool]:
+    return lambda item, nth: item.stream == stream and nth > 300
+
+
+@pytest.mark.parametrize(
+    ("stream", "gone"),
+    [
+        ("votes:nhits", _last_of("votes:nhits")),
+        ("signals", _last_of("signals")),
+        ("features", _last_of("features")),
+        ("signals", lambda item, _: item.stream == "signals"),
+    ],
+)
+def test_an_end_that_one_stream_alone_lacks_is_a_difference(
+    day: Day, tmp_path: Path, stream: str, gone: Callable[[Item, int], bool]
+) -> None:
+    scene, file = day
+    seen: dict[str, int] = {}
+
+    def change(item: Item) -> list[Item]:
+        seen[item.stream] = seen.get(item.stream, 0) + 1
+        return [] if gone(item, seen[item.stream]) else [item]
+
+    found = scene.verify(rewrite(file, tmp_path / "changed.jsonl.zst", change))
+    assert not found.ok
+    assert not found.same
+    assert set(found.comparison.firsts) == {stream}
+    assert found.comparison.first is not None
+    assert found.comparison.first.recorded == "(absent)"
+    total = (
+        found.comparison.compared["votes:xgboost" if stream == "signals" else "signals"]
+        if stream != "features"
+        else 773
+    )
+    assert (
+        found.comparison.differing[stream] == total - found.comparison.compared[stream] == found.comparison.differences
+    )
+
+
+def test_an_end_that_all_streams_lack_alike_is_no_difference(day: Day, tmp_path: Path) -> None:
+    """The worker was still at work when the recorder ended: the outputs of the last bars are not there yet."""
+    scene, file = day
+    ids = [item.id for item in Recording(file) if item.stream == "features"]
+    last = id_tuple(ids[400])
+    outputs = {"features", *VOTES, "signals"}
+
+    def change(item: Item) -> list[Item]:
+        return [] if item.stream in outputs and id_tuple(item.id) > last else [item]
+
+    found = scene.verify(rewrite(file, tmp_path / "shorter.jsonl.zst", change))
+    assert found.ok
+    assert found.comparison.compared["features"] == 401
+    assert found.comparison.unrecorded["features"] == 773 - 401
+
+
+def test_a_recording_without_any_output_is_not_verified_and_the_command_says_so(day: Day, tmp_path: Path) -> None:
+    scene, file = day
+    bare = rewrite(
+        file, tmp_path / "bare.jsonl.zst", lambda item: [item] if item.stream in ("bars", "events", "rejected") else []
+    )
+    assert not scene.verify(bare).ok
+    told = scene.quartet("replay", bare, "--verify", code=1)
+    assert "NOT VERIFIED: nothing was compared" in told
 
 
 def test_a_model_that_is_not_at_hand_is_named_and_the_rest_is_verified(day: Day, models: Path, tmp_path: Path) -> None:

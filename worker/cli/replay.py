@@ -146,6 +146,10 @@ def _print_verdict(file: Path, verdict: Verdict) -> None:
     names = ", ".join(f"{agent} {version}" for agent, version in verdict.missing)
     if verdict.ok:
         print("VERIFIED: features, votes and signals are the same" + (", to the bit." if not found.tolerance else "."))
+    elif verdict.empty:
+        print(
+            "NOT VERIFIED: nothing was compared: no output of the recorded bars is in the file; record a worker's work."
+        )
     elif verdict.same:
         print(f"VERIFIED ALL BUT the models that are not at hand: {names}.")
 

@@ -45,22 +45,39 @@ class Difference:
 
 @dataclass
 class Comparison:
-    """What was compared and what differs. `first` is the first by bar, then features, votes, signal."""
+    """What was compared and what differs. `first` is the first by bar, then features, votes, signal.
+
+    `unrecorded` counts what each stream lacks at its end; `bars` are those of the batches taken so far.
+    """
 
     tolerance: float = 0.0
     compared: Counter[str] = field(default_factory=Counter)
     differing: Counter[str] = field(default_factory=Counter)
     differences: int = 0
     unrecorded: Counter[str] = field(default_factory=Counter)
+    bars: int = 0
+    _last: int = -1
+    _tails: dict[str, tuple[Place, str]] = field(default_factory=dict)
     first: Difference | None = None
     firsts: dict[str, Difference] = field(default_factory=dict)
 
-    def take(self, found: Sequence[tuple[Place, Difference]]) -> None:
-        """Count the differences of one batch, each at its place: row, then stream."""
+    def take(self, found: Sequence[tuple[Place, Difference]], bars: int = 0) -> None:
+        """Count the differences of one batch of `bars`, each at its place: row, then stream."""
+        self.bars += bars
         self.differences += len(found)
         for _, difference in sorted(found, key=lambda pair: pair[0]):
             self.first = self.first or difference
             self.firsts.setdefault(difference.stream, difference)
+
+    def finish(self) -> None:
+        """Judge the ends: a commit is atomic, so a recording ends before the same bar in every stream."""
+        early = {stream: tail for stream, tail in self._tails.items() if tail[0][0] <= self._last}
+        lacking = [(place, _one_sided(stream, bar_id, ABSENT, "an entry")) for stream, (place, bar_id) in early.items()]
+        self.take(lacking)
+        for stream in early:
+            lost = self.unrecorded.pop(stream)
+            self.differing[stream] += lost
+            self.differences += lost - 1
 
     def compare(
         self,
@@ -83,10 +100,12 @@ class Comparison:
             different = [_one_sided(stream, _bar_id(data), "an entry", ABSENT) for data in skipped]
             if recorded is not None:
                 self.compared[stream] += 1
+                self._last = max(self._last, self.bars + row)
                 if recorded != payload:
                     different += self._fields(stream, recorded, payload, open_ended=open_ended)
             elif source.peek(stream) is None:
                 self.unrecorded[stream] += 1
+                self._tails.setdefault(stream, ((self.bars + row, rank), bar_id))
             else:
                 different.append(_one_sided(stream, bar_id, ABSENT, "an entry"))
             self.differing[stream] += len(skipped) + (len(different) > len(skipped))

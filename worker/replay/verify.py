@@ -48,9 +48,14 @@ class Verdict:
         return not self.comparison.differences and not self.leftover
 
     @property
+    def empty(self) -> bool:
+        """Whether no recorded output was compared at all."""
+        return not self.comparison.compared.total()
+
+    @property
     def ok(self) -> bool:
         """Whether everything was compared, and is equal."""
-        return self.same and not self.missing
+        return self.same and not self.missing and not self.empty
 
     def as_json(self) -> dict[str, Any]:
         found = self.comparison
@@ -139,9 +144,11 @@ def verify(
 def _run(chain: Chain, comparison: Comparison, clock: Clock, batch_size: int, progress: Progress) -> int:
     bars = 0
     for result, recorded in chain.run(batch_size, clock):
-        comparison.take(compare_batch(comparison, chain.source, result, recorded))
+        found = compare_batch(comparison, chain.source, result, recorded)
+        comparison.take(found, len(result.accepted))
         bars += len(result.accepted)
         progress(sum(result.accepted.outcomes.values()))
+    comparison.finish()
     return bars
 
 
