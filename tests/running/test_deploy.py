@@ -214,6 +214,25 @@ def test_the_unit_is_what_it_says() -> None:
     assert lines["StateDirectory"] == "quartet"
     assert lines["IPAddressDeny"] == "any"
     assert lines["WatchdogSec"] == "90s"
+    assert "Documentation" not in lines, "no file that nothing installs"
+
+
+def test_the_unit_reads_the_settings_that_the_documents_install_for_a_user_who_is_not_root(
+    tmp_path: Path, unit: Path, needs: Callable[[str], str]
+) -> None:
+    steps = (ROOT / "docs" / "operations.md").read_text().partition("## With systemd")[2].partition("\n## ")[0]
+    (config,) = re.findall(r"QUARTET_CONFIG=(\S+)", UNIT.read_text())
+    assert re.search(rf"install -m 0644 \S+ {re.escape(config)}\n", steps)
+    assert re.search(rf"install -d -m 0755 .*{Path(config).parent}\b", steps), "a folder that others may enter"
+    (models,) = re.findall(r"QUARTET_MODELS=(\S+)", UNIT.read_text())
+    assert re.search(rf"install -d .*{models}\n", steps)
+    assert steps.index(models) < steps.index("systemctl daemon-reload")
+    (drop_in,) = re.findall(r"<<'END'\n(.*?)END\n", steps, re.DOTALL)
+    folder = tmp_path / "quartet.service.d"
+    folder.mkdir()
+    (folder / "redis.conf").write_text(f"{drop_in}SupplementaryGroups=root\n")
+    done = subprocess.run([needs("systemd-analyze"), "verify", unit], capture_output=True, text=True, check=False)
+    assert [line for line in (done.stdout + done.stderr).splitlines() if "quartet" in line] == []
 
 
 # ------------------------------------------------------------------ the worker and its service manager
