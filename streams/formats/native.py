@@ -11,8 +11,13 @@ _PRICES = ("open", "high", "low", "close", "volume")
 
 
 def recognises(document: Document) -> bool:
-    """By `ts`; without it, by a symbol beside prices, so that the reject names the missing field."""
+    """By `ts`; without it, by a symbol beside prices, so that the reject names the missing field.
+
+    Where a `start` stands beside a `stop` or an `exchange`, nobody knows what `ts` means there: it may be the close.
+    """
     value = document.mapping
+    if "start" in value and ("stop" in value or "exchange" in value):
+        return False
     return "ts" in value or ("start" not in value and "symbol" in value and any(name in value for name in _PRICES))
 
 

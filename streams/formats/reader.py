@@ -44,7 +44,7 @@ class Format(Protocol):
     def read(document: Document) -> list[Raw]: ...
 
 
-FORMATS: tuple[Any, ...] = (native, cryptofeed, binance, binance.Table, ccxt)
+FORMATS: tuple[Any, ...] = (cryptofeed, native, binance, binance.Table, ccxt)
 """Tried in this order, after `nautilus`, which is known from the fields alone and need not be text."""
 
 TABLES = (ccxt.NAME, binance.Table.NAME)
@@ -105,7 +105,7 @@ class FormatReader:
         One `Raw` comes out for each row that went in: the bar that a row closed, or the row itself
         with `closed` False. Raises `BadBarError`.
         """
-        if not self._rules and b"ts" in entry.fields:
+        if not self._rules and b"ts" in entry.fields and b"start" not in entry.fields:
             return [read_fields(entry.fields)]
         rule = self._rule(entry.key)
         name, raws = recognise(entry)

@@ -265,6 +265,24 @@ def test_a_rule_can_keep_two_exchanges_apart():
     assert one(entry(**fields), InputRule("feed", prefix="OKX:")).symbol == "OKX:BTC-USDT"
 
 
+CANDLE = {
+    "exchange": "X", "symbol": "A", "start": str(T / 1000), "stop": str(T / 1000 + 60), "interval": "1m", "open": "1",
+    "high": "1", "low": "1", "close": "1", "volume": "1", "closed": "True",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rules", [(), (InputRule("other"),), (InputRule("feed"),)])
+@pytest.mark.parametrize("pack", [lambda fields: fields, lambda fields: {"data": fields}], ids=["flat", "json"])
+def test_a_close_time_named_ts_beside_start_and_stop_never_becomes_the_open_time(rules, pack):
+    assert one(entry(**pack({**CANDLE, "ts": str(T + 60_000)})), *rules).ts == T
+
+
+@pytest.mark.parametrize("absent", ["exchange", "stop", "interval"])
+def test_ts_beside_start_is_refused_where_no_format_says_what_it_means(absent):
+    fields = {name: value for name, value in CANDLE.items() if name != absent} | {"ts": str(T + 60_000)}
+    assert "fits no format" in refusal(entry(**fields))[1]
+
+
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=12) | st.dictionaries(st.sampled_from("etTsioclhvxk"), inner, max_size=9),
