@@ -151,6 +151,7 @@ class Writer:
         self._compressor = zstandard.ZstdCompressor(level=level, write_checksum=True)
         self._lines: list[bytes] = []
         self._pending = 0
+        self._last_id = ""
 
     @property
     def size(self) -> int:
@@ -163,13 +164,15 @@ class Writer:
         self.flush()
 
     def add(self, item: Item) -> None:
+        """Append one entry. Neighbours of one ID, the outputs of one bar, share a frame: all survive, or none."""
+        if self._pending >= FRAME_BYTES and item.id != self._last_id:
+            self.flush()
+        self._last_id = item.id
         self._put(encode(item))
 
     def _put(self, line: bytes) -> None:
         self._lines += (line, b"\n")
         self._pending += len(line) + 1
-        if self._pending >= FRAME_BYTES:
-            self.flush()
 
     def flush(self) -> None:
         """End the frame: everything added so far survives the death of this process."""

@@ -1,7 +1,8 @@
 """The recorder: follows every stream of a namespace and appends what it reads to one file.
 
 It reads like anybody else, consumes nothing and writes nothing to the server. One read gives a
-consistent view of all streams, because a commit is atomic and so is the read.
+consistent view of all streams, because a commit is atomic and so is the read; its entries are written
+in the order of their IDs.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,22 +187,30 @@ class Recorder:
         if now - self._looked >= REFRESH_S:
             self._looked = now
             self.plan.inputs.refresh(self._find)
-            self._check(self._facts(self._streams()))
-        written = sum(self._write(item) for item in self._read())
+        written = sum(map(self._write, self._read()))
         if now - self._flushed >= FLUSH_S:
             self._flushed = now
             self._writer.flush()
             self._rotate()
+        if not written:
+            self.client.xread(self._after(), count=1, block=WAIT_MS)
         return written
 
-    def _read(self) -> Iterator[Recorded]:
-        """What follows the positions, of all streams at one moment."""
-        streams = self._streams()
-        after = {key: self.positions.get(key, (FIRST_ID, 0))[0] for key in streams}
-        for key, rows in self.client.xread(after, count=COUNT, block=WAIT_MS) or ():
-            name = key.decode()
-            for entry_id, fields in rows:
-                yield Recorded(streams[name], name, entry_id.decode(), fields)
+    def _after(self) -> dict[str, str]:
+        return {key: self.positions.get(key, (FIRST_ID, 0))[0] for key in self._streams()}
+
+    def _read(self) -> list[Recorded]:
+        """What follows the positions, of all streams at one moment; what was trimmed before it is noted."""
+        after = self._after()
+        pipe = self.client.pipeline(transaction=True)
+        for key in after:
+            pipe.xinfo_stream(key)
+        pipe.xread(after, count=COUNT)
+        *infos, found = pipe.execute(raise_on_error=False)
+        if isinstance(found, Exception):
+            raise found
+        self._check({key: _fact(info) for key, info in zip(after, infos, strict=True)})
+        return _in_order(found or (), self._streams())
 
     def _write(self, item: Recorded) -> int:
         self._writer.add(item)
@@ -245,6 +254,24 @@ class Recorder:
                 self.positions[key] = entry_id, added + lost
                 self.lost += lost
                 self.tell(f"stream {key}: {lost} entries after {entry_id} were trimmed before they were recorded")
+
+
+def _in_order(found: Any, streams: Mapping[str, str]) -> list[Recorded]:
+    """The entries of one read by their IDs, as the worker takes its inputs.
+
+    What lies behind the end of a stream that has more than `COUNT` waits for the next read: so a file that ends
+    early ends before the same bar in every stream.
+    """
+    items = [
+        Recorded(streams[name.decode()], name.decode(), entry_id.decode(), fields)
+        for name, rows in found
+        for entry_id, fields in rows
+    ]
+    ends = [id_tuple(rows[-1][0].decode()) for _, rows in found if len(rows) == COUNT]
+    upto = min(ends, default=None)
+    return sorted(
+        (item for item in items if upto is None or id_tuple(item.id) <= upto), key=lambda item: id_tuple(item.id)
+    )
 
 
 def _fact(info: Any) -> StreamFacts:

@@ -14,7 +14,7 @@ import pytest
 from streams.recording import Item, Recorded, Recording
 from streams.redis import connect
 from streams.store import id_tuple
-from tests.chaos.scene import market
+from tests.chaos.scene import feed, market
 from tests.replay.scene import Scene, edited, rewrite
 from worker.control import Order
 from worker.errors import CheckFailed
@@ -301,6 +301,24 @@ def test_a_restart_with_other_settings_and_another_model_is_followed(
     found = scene.verify(file, models=newer)
     assert found.ok, found.comparison.firsts
     assert found.comparison.compared["signals"] == 480 - 2 * 29
+
+
+def test_two_keys_that_were_fed_in_turns_are_verified_in_any_batches(scene: Scene, tmp_path: Path) -> None:
+    """Each key holds more than one read of the recorder gives, and the worker took from both in turns."""
+    keys = (f"{scene.namespace}x:a", f"{scene.namespace}x:b")
+    scene.further |= {"bars": keys}
+    bars = market(2, 650)
+    of_symbol = [[bar for bar in bars if bar[b"symbol"] == name] for name in sorted({bar[b"symbol"] for bar in bars})]
+    for first in range(0, 650, 130):
+        for key, own in zip(keys, of_symbol, strict=True):
+            feed(scene.url, key, own[first : first + 130], first)
+    scene.work()
+    file = tmp_path / "keys.jsonl.zst"
+    scene.record(file)
+    for batch_size, restart_every in ((256, None), (33, 2)):
+        found = scene.verify(file, batch_size=batch_size, restart_every=restart_every)
+        assert found.ok, found.comparison.firsts
+        assert found.comparison.compared["features"] == 1300
 
 
 def test_orders_canaries_and_promotions_are_replayed_where_they_took_effect(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from streams.inputs import Inputs
 from streams.keys import Keys
 from streams.recording import (
+    Frames,
     Lost,
     Recorded,
     Recording,
@@ -197,6 +199,51 @@ def test_trimmed_entries_are_counted_exactly(valkey: str, namespace: str, tmp_pa
     assert any("35 entries after" in line for line in said)
     assert len(bars_in(file)) == 65
     assert read_tail(file).positions[key][1] == 100
+
+
+def test_what_is_trimmed_between_two_looks_at_the_patterns_is_counted_exactly(
+    valkey: str, namespace: str, tmp_path: Path
+) -> None:
+    """100 entries are read, 4900 follow of which the server keeps 1000: 3900 were never there to be read."""
+    key, entry = f"{namespace}:bars", {b"x": b"1"}
+    recorder = Recorder(connect(valkey), plan(tmp_path / "day.jsonl.zst", namespace), lambda _: None)
+    feed(valkey, key, [entry] * 100)
+    assert recorder._turn() == 100
+    feed(valkey, key, [entry] * 4900, first=100)
+    with connect(valkey) as client:
+        client.xtrim(key, maxlen=1000, approximate=False)
+    done = recorder.run()
+    assert (done.lost, done.entries["bars"]) == (3900, 1100)
+
+
+def test_entries_of_several_keys_are_in_the_order_of_their_ids_however_long_each_is(
+    valkey: str, namespace: str, tmp_path: Path
+) -> None:
+    """One key holds 1300 entries, more than two reads of it, the other 90 among them."""
+    keys = {f"{namespace}x:{name}": step for name, step in (("a", 1), ("b", 15))}
+    expected = []
+    for key, step in keys.items():
+        for number in range(0, 1300, step):
+            feed(valkey, key, [{b"n": b"%d" % number}], first=2 * number + (step > 1))
+            expected.append((2 * number + (step > 1), key))
+    file = tmp_path / "day.jsonl.zst"
+    own = plan(file, namespace)
+    own.inputs = Inputs(tuple(keys), namespace)
+    Recorder(connect(valkey), own, lambda _: None).run()
+    assert [i.key for i in Recording(file) if i.stream == "bars"] == [key for _, key in sorted(expected)]
+
+
+def test_the_outputs_of_one_bar_are_never_parted_by_the_end_of_a_frame(tmp_path: Path) -> None:
+    file = tmp_path / "x.zst"
+    with Writer(file) as writer:
+        writer.header({"id": "x", "part": 1, "positions": {}})
+        for number in range(5):
+            for stream in ("features", "signals"):
+                writer.add(Recorded(stream, stream, f"{number}-0", {b"x": b"x" * 700_000}))
+    frames = [[decode(line).id for line in lines.splitlines()] for lines in list(Frames(file))[1:]]
+    assert len(frames) > 1
+    assert [entry_id for frame in frames for entry_id in frame] == [f"{n}-0" for n in range(5) for _ in range(2)]
+    assert not any(set(one) & set(other) for one, other in pairwise(frames))
 
 
 def test_a_stream_that_was_made_anew_stops_the_recorder(valkey: str, namespace: str, tmp_path: Path) -> None:
