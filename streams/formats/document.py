@@ -8,6 +8,10 @@ from typing import Any
 
 from streams.validation import BadBarError, check_size, read_flat, read_json
 
+_NATIVE = frozenset((b"symbol", b"ts", b"open", b"high", b"low", b"close", b"volume"))
+_ELSEWHERE = frozenset((b"data", b"topic", b"payload", b"start"))
+_JSON_STARTS = (b"{", b"[")
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -32,7 +36,7 @@ class Document:
 
 
 def read_document(fields: Mapping[bytes, bytes]) -> Document:
-    """The JSON in `data`, else in the only field that holds any, else the flat fields.
+    """The JSON in `data`, else a flat native bar, else the JSON in the only field with any, else the flat fields.
 
     Raises `BadBarError` with `oversize`, `encoding` or `type`.
     """
@@ -50,5 +54,12 @@ def read_document(fields: Mapping[bytes, bytes]) -> Document:
 def _json_field(fields: Mapping[bytes, bytes]) -> bytes | None:
     if b"data" in fields:
         return b"data"
-    candidates = [name for name, value in fields.items() if value[:1] in (b"{", b"[")]
+    if fields.keys() >= _NATIVE:
+        return None
+    candidates = [name for name, value in fields.items() if value[:1] in _JSON_STARTS]
     return candidates[0] if len(candidates) == 1 else None
+
+
+def is_plain(fields: Mapping[bytes, bytes]) -> bool:
+    """Whether `fields` are a flat native bar beyond doubt, so that nothing else has to be tried."""
+    return fields.keys() >= _NATIVE and _ELSEWHERE.isdisjoint(fields)

@@ -311,5 +311,38 @@ def test_no_bytes_do_more_than_be_rejected_with_a_reason(fields, closed):
     assert Intake(Limits()).accept([item], NOW_MS).outcomes
 
 
+NATIVE = {"symbol": "A", "ts": str(T), "open": "1", "high": "2", "low": "1", "close": "2", "volume": "1"}
+shapes = st.sampled_from(
+    [
+        NATIVE,
+        CANDLE,
+        {"ts": str(T), "data": json.dumps(KLINE)},
+        {"ts": str(T), "symbol": "A", "timeframe": "1m", "ohlcv": json.dumps(row(0))},
+        {"ts": str(T), "data": json.dumps(NATIVE)},
+        {"topic": "data.bars.X", "payload": json.dumps(NATIVE)},
+        {"e": "kline", "s": "A", "k": json.dumps(KLINE["k"])},
+    ]
+)
+extras = st.dictionaries(names, st.sampled_from(["", "1", "[1]", "{}", str(T), json.dumps(KLINE)]), max_size=3)
+
+
+def judged(item: Entry, *rules: InputRule) -> tuple:
+    accepted = accept([item], *rules)
+    return accepted.outcomes, accepted.bars, [(reject.reason, reject.detail) for reject in accepted.rejects]
+
+
+@settings(deadline=None)
+@given(first=shapes, second=shapes | st.just({}), more=extras, absent=st.sets(names, max_size=2))
+def test_a_rule_for_another_key_changes_nothing(first, second, more, absent):
+    """Nor does a rule for the entry's own key that says nothing of it."""
+    item = entry(**{name: value for name, value in {**first, **second, **more}.items() if name not in absent})
+    assert judged(item) == judged(item, InputRule("other", closed="next")) == judged(item, InputRule("feed"))
+
+
+def test_a_native_bar_may_carry_a_field_with_json():
+    for rules in ((), (InputRule("other"),), (InputRule("feed"),)):
+        assert one(entry(**NATIVE, trades="[1, 2]"), *rules).ts == T
+
+
 def test_recognising_holds_nothing_back():
     assert recognise(entry(data=[row(0), row(1)]))[0] == "ccxt"

@@ -97,3 +97,10 @@ def test_bars_of_nautilus_binance_adapter_close_1_ms_early_with_float_error_and_
 )
 def test_each_sample_is_recognised_by_itself(name, format_):
     assert {recognise(entry)[0] for entry in golden(name)} == {format_}
+
+
+@pytest.mark.parametrize("name", ["cryptofeed-2.4.1", *NAUTILUS, "nautilus-1.221-binance"])
+def test_a_rule_for_another_key_changes_nothing_in_any_sample(name):
+    entries = golden(name)
+    plain, other = accept(entries), accept(entries, InputRule("another-*", closed="next", prefix="X:"))
+    assert (plain.outcomes, plain.bars, plain.rejects) == (other.outcomes, other.bars, other.rejects)
