@@ -153,6 +153,16 @@ class Writer:
         self._pending = 0
         self._last_id = ""
 
+    @classmethod
+    def begin(cls, path: Path, header: Mapping[str, Any]) -> Self:
+        """A new file that is there with its header or not at all, whenever this process is killed."""
+        unfinished = path.with_name(f"{path.name}.new")
+        unfinished.unlink(missing_ok=True)
+        writer = cls(unfinished)
+        writer.header(header)
+        writer.path = unfinished.replace(path)
+        return writer
+
     @property
     def size(self) -> int:
         """Bytes on disk."""
@@ -248,12 +258,17 @@ class Recording:
         while True:
             yield path, header
             path = part_path(base, header["part"] + 1)
-            if not path.exists():
+            if not path.exists() or self._is_unbegun(path, part_path(base, header["part"] + 2)):
                 return
             following = read_header(path)
             if (following["id"], following["part"]) != (header["id"], header["part"] + 1):
                 raise RecordingError(f"{path}: no continuation of {self.path}; move it elsewhere, or rename it")
             header = following
+
+    @staticmethod
+    def _is_unbegun(path: Path, following: Path) -> bool:
+        """Whether the last part has no whole frame: a recorder was killed before it wrote an entry there."""
+        return not following.exists() and next(iter(Frames(path)), None) is None
 
     def blocks(self) -> Iterator[list[bytes]]:
         """Lines, a frame at a time, headers left out."""

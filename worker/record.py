@@ -226,8 +226,7 @@ class Recorder:
         part = self._header["part"] + 1
         self._header |= {"part": part, "started": self._last_start(), "positions": dict(self.positions)}
         self._writer.close()
-        self._writer = Writer(part_path(self.plan.out, part))
-        self._writer.header(self._header)
+        self._writer = Writer.begin(part_path(self.plan.out, part), self._header)
         self.tell(f"{self._writer.path}: part {part}")
 
     # ------------------------------------------------------------------ what is gone

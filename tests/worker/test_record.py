@@ -173,6 +173,37 @@ def test_parts_by_size_are_read_as_one(valkey: str, namespace: str, tmp_path: Pa
     assert later == [entry for entry, _ in bars_on(valkey, namespace)][-len(later) :]
 
 
+@pytest.mark.parametrize("kept", [0, 20])
+def test_a_part_that_was_never_begun_is_read_over_and_continued(
+    valkey: str, namespace: str, tmp_path: Path, kept: int
+) -> None:
+    """A recorder that was killed as it began a part left no whole frame there."""
+    file = tmp_path / "day.jsonl.zst"
+    bars = market(1, 90)
+    feed(valkey, f"{namespace}:bars", bars[:60])
+    record(valkey, file, namespace)
+    part = part_path(file, 2)
+    part.write_bytes(file.read_bytes()[:kept])
+    assert len(bars_in(file)) == 60
+    feed(valkey, f"{namespace}:bars", bars[60:], first=60)
+    recorder = Recorder(connect(valkey), plan(file, namespace, rotate_bytes=1), lambda _: None)
+    recorder._rotate()
+    recorder.plan.rotate_bytes = None
+    assert recorder.run().path == part
+    assert read_header(part)["part"] == 2
+    assert bars_in(file) == bars_on(valkey, namespace)
+    assert sorted(tmp_path.iterdir()) == [part, file]
+
+
+def test_a_part_without_a_frame_before_another_part_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "day.jsonl.zst"
+    for number in (1, 3):
+        Writer.begin(part_path(file, number), {"id": "x", "part": number, "positions": {}}).close()
+    part_path(file, 2).touch()
+    with pytest.raises(RecordingError, match=r"day\.0002.*cut in its first frame"):
+        list(Recording(file))
+
+
 def test_a_part_of_another_recording_is_refused(valkey: str, namespace: str, tmp_path: Path) -> None:
     feed(valkey, f"{namespace}:bars", market(1, 5))
     file, other = tmp_path / "day.jsonl.zst", tmp_path / "other.jsonl.zst"
