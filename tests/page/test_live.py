@@ -123,6 +123,32 @@ def test_a_symbol_is_chosen_by_typing(page: Page, live: Scene) -> None:
     expect(field).to_have_value("SYN03 1m")
 
 
+def test_an_address_that_cannot_be_read_shows_the_first_symbol(page: Page, live: Scene) -> None:
+    page.goto(f"{live.url}/#%")
+    expect(page.locator("#chart")).to_have_attribute("data-symbol", "SYN01 1m", timeout=30_000)
+    expect(page.locator("#connection")).to_have_text("live")
+
+
+@pytest.mark.parametrize(
+    ("address", "why"), [("NO%20SUCH|1m", "symbol: expected 1 to 64 characters"), ("SYN01|1y", "interval: expected")]
+)
+def test_an_address_with_a_symbol_that_cannot_be_says_so_until_another_is_chosen(
+    page: Page, live: Scene, address: str, why: str
+) -> None:
+    page.goto(f"{live.url}/#{address}")
+    connection = page.locator("#connection")
+    expect(connection).to_contain_text(why, timeout=15_000)
+    expect(page.locator("h1")).to_contain_text("4 configured")
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.wait_for_timeout(2_500)  # longer than the page waits before it tries a lost connection again
+    assert requests == [], "asking again would not help"
+    expect(connection).to_contain_text(why)
+    page.evaluate("window.location.hash = 'SYN02|1m'")
+    expect(page.locator("#chart")).to_have_attribute("data-symbol", "SYN02 1m", timeout=15_000)
+    expect(connection).to_have_text("live")
+
+
 def test_a_warm_up_is_counted_and_a_restarted_worker_is_found_again(
     page: Page, valkey: str, models: Path, namespace: str, tmp_path: Path
 ) -> None:

@@ -118,7 +118,10 @@ function takeRows(columns) {
 
 async function ask(path) {
   const reply = await fetch(path);
-  if (!reply.ok) throw new Error((await reply.json().catch(() => ({}))).error ?? `HTTP ${reply.status}`);
+  if (!reply.ok) {
+    const error = new Error((await reply.json().catch(() => ({}))).error ?? `HTTP ${reply.status}`);
+    throw Object.assign(error, { final: reply.status === 400 });
+  }
   return reply.json();
 }
 
@@ -139,7 +142,9 @@ async function reload() {
     byId("chart").dataset.symbol = `${series.symbol} ${series.interval}`;
     refresh();
   } catch (error) {
-    lost(error.message);
+    if (mine !== pair) return;
+    if (error.final) refuse(error.message);
+    else lost(error.message);
   }
 }
 
@@ -153,6 +158,17 @@ function say(state, text) {
 function lost(detail) {
   away ??= Date.now();
   say("away", `reconnecting since ${clock(away)}${detail ? `: ${detail}` : ""}`);
+}
+
+/** There can be no such symbol: asking again would not help, choosing another does. */
+async function refuse(why) {
+  live?.close();
+  live = null;
+  pair = null;
+  away = null;
+  say("refused", why);
+  overview ??= await ask("api/overview").catch(() => null);
+  refresh();
 }
 
 function found(fresh) {
@@ -192,6 +208,7 @@ function connect() {
     lost("");
     source.close();
     live = null;
+    if (looked === null) reload(); // its answer says why, where the address asks for what cannot be
   };
 }
 
@@ -218,9 +235,14 @@ function choose(symbol, interval) {
   connect();
 }
 
+/** The symbol and interval of the address; null where it names none or cannot be read. */
 function named() {
-  const [symbol, interval] = decodeURIComponent(window.location.hash.slice(1)).split("|");
-  return symbol ? [symbol, interval || "1m"] : null;
+  try {
+    const [symbol, interval] = decodeURIComponent(window.location.hash.slice(1)).split("|");
+    return symbol ? [symbol, interval || "1m"] : null;
+  } catch {
+    return null;
+  }
 }
 
 /** The symbol of the address, else the first one; waits for the first bar where there is none yet. */
