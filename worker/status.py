@@ -55,12 +55,15 @@ class Status:
         self.vote = self._standing.vote(a for a, facts in self._agents.items() if facts["state"] == AgentState.ACTIVE)
 
     def agents(self, pipeline: Pipeline) -> None:
-        """The state of every agent, with what a person needs to mend it."""
+        """The state of every agent, with what a person needs to mend it; `pinned`: newer files wait for an order."""
+        pinned = {agent for agent, record in pipeline.records.items() if record.pinned}
         self._agents = {
             report.agent: {
                 "state": str(report.state),
                 "reason": report.reason or "",
                 "version": report.seat.model.version if report.seat.model else "",
+                "file": report.seat.model.file.name if report.seat.model else "",
+                "pinned": "yes" if report.agent in pinned else "no",
                 "detail": report.detail,
             }
             for report in pipeline.reports()
