@@ -150,7 +150,7 @@ def tickets() -> list[Alert]:
             "QuartetLagGrowing",
             TICKET,
             f"max by (stream) (min_over_time(quartet_stream_lag[5m])) > {LEAST_EVENTS}"
-            " and max by (stream) (deriv(quartet_stream_lag[15m])) > 0",
+            " and max by (stream) (deriv(quartet_stream_lag[5m])) > 0",
             "5m",
             "The lag of {{ $labels.stream }} grows",
             "At least {{ $value }} entries of {{ $labels.stream }} wait all the time, and they get more: the worker "

@@ -117,12 +117,14 @@ CASES = (
         {'quartet_stream_lag{stream="bars"}': "1000+10x160"},
         (
             {'quartet_stream_lag{stream="bars"}': "4000-10x160"},
+            # The worker was away for a while and catches up: it jumped, and only falls since.
+            {'quartet_stream_lag{stream="bars"}': "0x80 9000-50x120"},
             {'quartet_stream_lag{stream="bars"}': " ".join(["0 5000 2500 0"] * 40)},
         ),
-        "30m",
+        # The least of the last five minutes is the sample of 26 minutes, the 105th.
+        "31m",
         labels={"stream": "bars"},
-        # The least of the last five minutes is the sample of 25 minutes, the 101st.
-        fills={"{{ $value }}": "2000"},
+        fills={"{{ $value }}": "2040"},
     ),
     Case(
         "QuartetStreamLength",
