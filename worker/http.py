@@ -181,6 +181,11 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._send(self._answer(), with_body=False)
 
+    def end_headers(self) -> None:
+        """Every answer, errors of the protocol too, is what its type says and nothing else."""
+        self.send_header("X-Content-Type-Options", "nosniff")
+        super().end_headers()
+
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  the base class's name
         """Probes come every few seconds; they are no news."""
 

@@ -14,7 +14,9 @@ import pytest
 import redis
 from playwright.sync_api import Browser, Page, expect
 
+from streams.codec import encode_event, encode_reject
 from streams.keys import Keys
+from streams.messages import Entry, Event, Reject
 from tests.helpers import free_port, wait_for
 from tests.page.conftest import Scene, market, worker
 from worker.http import Readiness
@@ -81,6 +83,26 @@ def test_a_bar_that_is_rejected_now_is_listed_now(page: Page, live: Scene) -> No
     live.client.xadd(live.keys.bars, {"symbol": SYMBOL, "ts": "yesterday", "open": "1"})
     live.published += 1
     expect(page.locator("#notes li[data-kind=rejected]")).to_have_count(before + 1, timeout=15_000)
+
+
+def test_what_the_streams_say_is_shown_as_text_and_never_as_markup(page: Page, live: Scene) -> None:
+    opened(page, live)
+    script, image = "<script>window.hit = 1</script>", '<img src="x" onerror="window.hit = 1">'
+    ts = live.messages(live.keys.signals, SYMBOL)[-1]["ts"]
+    event = Event("agent_muted", ts, "", "nhits", script, "1m", "dead_zone", image)
+    live.client.xadd(live.keys.events, {"data": encode_event(event)})
+    bar = {b"symbol": SYMBOL.encode(), b"ts": b"%d" % ts, b"open": image.encode()}
+    flat = encode_reject(Reject(Entry(live.keys.bars, "1-1", bar), "type", f"open is {image}", "intake"))
+    live.client.xadd(live.keys.rejected, dict(zip(flat[::2], flat[1::2], strict=True)))  # type: ignore[arg-type]
+    live.published += 1
+    muted = page.locator("#notes li[data-kind=agent_muted]").first
+    expect(muted).to_contain_text(f"{script} nhits agent muted: dead_zone {image}", timeout=15_000)
+    expect(page.locator("#notes li[data-kind=rejected]").first).to_contain_text(f"open is {image}")
+    page.locator("#chart").focus()
+    page.keyboard.press("End")
+    expect(page.locator("#readout")).to_contain_text(f"open is {image}")
+    assert page.locator("main script, #notes img, #readout img").count() == 0
+    assert page.evaluate("window.hit") is None
 
 
 def test_everything_is_reached_and_used_by_keyboard(page: Page, live: Scene) -> None:
@@ -241,6 +263,27 @@ def test_what_is_not_there_or_not_sense_is_refused(live: Scene, path: str, statu
         assert "default-src 'self'" in (response.getheader("Content-Security-Policy") or "")
     elif status == 400:
         assert "expected" in json.loads(body)["error"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/", 200),
+        ("GET", "/metrics", 200),
+        ("GET", "/healthz", 200),
+        ("HEAD", f"/api/live?symbol={SYMBOL}", 200),
+        ("GET", "/api/series", 400),
+        ("GET", "/nosuch", 404),
+        ("POST", "/", 501),
+    ],
+)
+def test_no_answer_is_taken_for_another_type_than_it_says(live: Scene, method: str, path: str, status: int) -> None:
+    connection = http.client.HTTPConnection(urlsplit(live.url).netloc, timeout=10)
+    connection.request(method, path)
+    response = connection.getresponse()
+    assert response.status == status
+    assert response.headers.get_all("X-Content-Type-Options") == ["nosniff"]
+    connection.close()
 
 
 def test_while_nobody_looks_nothing_runs(valkey: str, namespace: str) -> None:

@@ -60,7 +60,6 @@ class Page:
         self._names = {one.name for one in self._folder.iterdir() if one.name.rpartition(".")[2] in TYPES}
         self._headers = {
             "Content-Security-Policy": _policy(self._folder.joinpath(CHARTS).read_text("utf-8")),
-            "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",
         }
 
