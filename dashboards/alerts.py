@@ -167,10 +167,11 @@ def tickets() -> list[Alert]:
         Alert(
             "QuartetInputLost",
             TICKET,
-            'sum(increase(quartet_bars_total{outcome="lost"}[1h])) > 0',
+            'sum(quartet_bars_total{outcome="lost"}) > 0',
             "0s",
             "Entries were gone before they were read",
-            "{{ $value | humanize }} entries of the input were trimmed or deleted before the worker read them.",
+            "{{ $value | humanize }} entries of the input were trimmed or deleted before the worker read them. "
+            "The next restart clears this.",
         ),
         Alert(
             "QuartetPoison",
