@@ -27,6 +27,7 @@ from streams.redis import find_keys
 from streams.store import FIRST_ID, GONE, StreamFacts, id_tuple
 from worker.builds import build
 from worker.errors import CheckFailed, UsageError
+from worker.settings import Settings
 
 FLUSH_S = 0.7
 """A frame is ended at least this often: what a killed recorder may lose, with one read."""
@@ -48,6 +49,32 @@ class Plan:
     rotate_bytes: int | None = 1024 * MIB
     until_idle_s: float | None = None
     stop: threading.Event = field(default_factory=threading.Event)
+
+
+def last_start(client: Any, keys: Keys) -> Any:
+    """What the last start of a worker said of itself, None where there was none yet."""
+    last = "+"
+    while rows := client.xrevrange(keys.events, max=last, count=1000):
+        for _, fields in rows:
+            data = fields.get(b"data", b"")
+            if b'"started"' in data and (event := orjson.loads(data))["kind"] == "started":
+                return event["evidence"]
+        last = f"({rows[-1][0].decode()}"
+    return None
+
+
+def inputs_to_read(client: Any, settings: Settings, tell: Callable[[str], None]) -> tuple[str, ...]:
+    """The keys or patterns that were named; where none were, those that the last worker read.
+
+    Says where the named ones are not those of the worker.
+    """
+    start = last_start(client, Keys(settings.namespace)) or {}
+    of_worker = tuple(start.get("settings", {}).get("bars") or settings.input_keys)
+    if not settings.bars:
+        return of_worker
+    if set(of_worker) != set(settings.input_keys):
+        tell(f"the last worker read {', '.join(of_worker)}; here it is {', '.join(settings.input_keys)}: see --bars")
+    return settings.input_keys
 
 
 @dataclass(frozen=True)
@@ -110,7 +137,7 @@ class Recorder:
             "inputs": list(self.plan.inputs.keys),
             "build": build(),
             "contracts": {name: s.contract for name, s in FEATURE_SETS.items()},
-            "started": self._last_start(),
+            "started": last_start(self.client, self.plan.keys),
             "positions": dict(self.positions),
         }
 
@@ -127,17 +154,6 @@ class Recorder:
         self._header = {k: v for k, v in tail.header.items() if k != "recording"}
         self.positions = dict(tail.positions)
         return Writer(tail.path)
-
-    def _last_start(self) -> Any:
-        """What the last start of a worker said of itself, None where there was none yet."""
-        last = "+"
-        while rows := self.client.xrevrange(self.plan.keys.events, max=last, count=1000):
-            for _, fields in rows:
-                data = fields.get(b"data", b"")
-                if b'"started"' in data and (event := orjson.loads(data))["kind"] == "started":
-                    return event["evidence"]
-            last = f"({rows[-1][0].decode()}"
-        return None
 
     def _streams(self) -> dict[str, str]:
         """Key to the name that a recording gives its stream."""
@@ -224,7 +240,11 @@ class Recorder:
         if limit is None or self._writer.size < limit:
             return
         part = self._header["part"] + 1
-        self._header |= {"part": part, "started": self._last_start(), "positions": dict(self.positions)}
+        self._header |= {
+            "part": part,
+            "started": last_start(self.client, self.plan.keys),
+            "positions": dict(self.positions),
+        }
         self._writer.close()
         self._writer = Writer.begin(part_path(self.plan.out, part), self._header)
         self.tell(f"{self._writer.path}: part {part}")

@@ -12,7 +12,7 @@ from streams.keys import Keys
 from streams.messages import Reason, Status
 from streams.recording import Recorded, Recording
 from streams.redis import connect
-from tests.chaos.scene import market
+from tests.chaos.scene import feed, market
 from tests.replay.scene import Scene, edited, rewrite
 from worker.errors import CheckFailed, UsageError
 from worker.explain import MEANINGS, REMEDIES, RecordedPlace, ServerPlace, explain
@@ -44,6 +44,23 @@ def test_a_recording_explains_the_same_as_the_server(day: Day) -> None:
     other = explain(RecordedPlace(file), scene.settings(), earlier)
     assert one.signal["bar_id"] == earlier
     assert one.as_json() == other.as_json()
+
+
+def test_the_commands_read_the_keys_that_the_worker_read_unless_others_are_named(scene: Scene, tmp_path: Path) -> None:
+    key = f"{scene.namespace}x:candles"
+    scene.further |= {"bars": (f"{scene.namespace}x:c*",)}
+    feed(scene.url, key, market(1, 60))
+    scene.work()
+    told = json.loads(scene.quartet("explain", "--last", "--json"))
+    assert {check["what"]: check["same"] for check in told["recomputed"]}["features"] is True
+    file, other = tmp_path / "day.jsonl.zst", tmp_path / "other.jsonl.zst"
+    summary = json.loads(scene.quartet("record", "--out", file, "--until-idle", "0.1", "--json"))
+    assert summary["entries"]["bars"] == 60
+    assert {i.key for i in Recording(file) if i.stream == "bars"} == {key}
+    named = json.loads(
+        scene.quartet("record", "--out", other, "--until-idle", "0.1", "--json", "--bars", f"{scene.namespace}:bars")
+    )
+    assert "bars" not in named["entries"]
 
 
 def test_who_was_left_out_is_told_in_words_with_what_to_do(scene: Scene, models: Path, tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from worker.cli.options import with_settings
+from worker.cli.options import Bars, reading, with_settings
 from worker.settings import Settings
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def explain(
         str | None, typer.Argument(metavar="BAR_ID", help="A bar as <symbol>|<interval>|<ts>, in quotes.")
     ] = None,
     last: Annotated[bool, typer.Option("--last", help="The newest signal.")] = False,
+    bars: Bars = None,
     recording: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Look into a recording instead of the server.")
     ] = None,
@@ -37,22 +39,32 @@ def explain(
 
     if (bar_id is None) != last:
         raise UsageError("give one of BAR_ID and --last")
+    from streams.inputs import Inputs
     from streams.keys import Keys
+    from streams.redis import find_keys
     from worker.assembly import open_client, server_url, use_one_thread_a_model
 
     use_one_thread_a_model()
     from worker.explain import RecordedPlace, ServerPlace
     from worker.explain import explain as explained
+    from worker.record import inputs_to_read
 
+    settings = reading(settings, bars)
     if recording is not None:
         found = explained(RecordedPlace(recording), settings, bar_id)
     else:
         with server_url(settings, start=False) as url:
-            place = ServerPlace(open_client(url), Keys(settings.namespace), settings.input_keys)
-            found = explained(place, settings, bar_id)
+            client = open_client(url)
+            inputs = Inputs(inputs_to_read(client, settings, _note), settings.namespace)
+            inputs.refresh(partial(find_keys, client))
+            found = explained(ServerPlace(client, Keys(settings.namespace), inputs.keys), settings, bar_id)
     _print(found, as_json=as_json)
     if not found.same:
         raise typer.Exit(1)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _print(found: Explanation, *, as_json: bool) -> None:

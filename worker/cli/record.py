@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from worker.cli.options import with_settings
+from worker.cli.options import Bars, reading, with_settings
 from worker.settings import Settings
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 def record(
     settings: Settings,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The recording: a new one, or one to continue.")],
+    bars: Bars = None,
     from_now: Annotated[
         bool, typer.Option("--from-now", help="Leave out what the streams hold already; such a file is not verified.")
     ] = False,
@@ -50,26 +52,30 @@ def record(
     from streams.keys import Keys
     from streams.recording import MIB
     from worker.assembly import open_client, server_url
-    from worker.record import Plan, Recorder
+    from worker.record import Plan, Recorder, inputs_to_read
 
     if out.is_dir():
         raise UsageError(f"--out {out} is a directory; give a file such as {out / 'day.jsonl.zst'}")
-    plan = Plan(
-        out,
-        Keys(settings.namespace),
-        Inputs(settings.input_keys, settings.namespace),
-        from_now=from_now,
-        rotate_bytes=rotate_mib * MIB or None,
-        until_idle_s=until_idle,
-    )
+    settings = reading(settings, bars)
+    ended = threading.Event()
 
     def stop(_number: int, _frame: Any) -> None:
-        plan.stop.set()
+        ended.set()
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     with server_url(settings, start=False) as url:
-        recorder = Recorder(open_client(url), plan, _note)
+        client = open_client(url)
+        plan = Plan(
+            out,
+            Keys(settings.namespace),
+            Inputs(inputs_to_read(client, settings, _note), settings.namespace),
+            from_now=from_now,
+            rotate_bytes=rotate_mib * MIB or None,
+            until_idle_s=until_idle,
+            stop=ended,
+        )
+        recorder = Recorder(client, plan, _note)
         _note(f"recording namespace {settings.namespace} to {out}; Ctrl-C ends it")
         _tell(recorder.run(), as_json=as_json)
 
