@@ -11,13 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from dashboards.runbook import dashboard_link
+from streams.messages import CANARY
 from worker.quality import EnsembleLimits
 
 PAGE, TICKET = "page", "ticket"
 LEAST_EVENTS = 200
 LIMITS = EnsembleLimits()
 GRAFANA = "http://127.0.0.1:3000"
-WARMING_UP = 'max(quartet_agent_state{state="warming_up"}) == 1'
+WARMING_UP = (
+    f'(max(quartet_agent_state{{state="warming_up",agent!~".+{CANARY}"}}) == 1'
+    f' unless max(quartet_agent_state{{state=~"refused|muted",agent!~".+{CANARY}"}}) == 1)'
+)
+"""Warm-up is the whole reason only where no agent is refused or muted; a canary is no reason at all."""
 VERDICT_WINDOWS = ("15m", "4h")
 """A fast feed is judged within minutes, a slow one once it has had its 200 events."""
 

@@ -30,6 +30,8 @@ class Case:
     at: str
     labels: Mapping[str, str] = field(default_factory=dict)
     fills: Mapping[str, str] = field(default_factory=dict)
+    also: tuple[Series, ...] = ()
+    """Other series on which it fires, at the same time with the same words."""
 
 
 def _constant(value: float, steps: int) -> str:
@@ -40,8 +42,16 @@ def _warming(value: int, steps: int) -> dict[str, str]:
     return {'quartet_agent_state{agent="nhits",state="warming_up"}': _constant(value, steps)}
 
 
-def _state(state: str, value: int) -> dict[str, str]:
-    return {f'quartet_agent_state{{agent="nhits",state="{state}"}}': _constant(value, 60)}
+def _state(state: str, value: int, agent: str = "nhits") -> dict[str, str]:
+    return {f'quartet_agent_state{{agent="{agent}",state="{state}"}}': _constant(value, 60)}
+
+
+NO_EXCUSES = (
+    _state("warming_up", 1, "nhits_canary"),
+    {**_warming(1, 60), **_state("refused", 1, "xgboost")},
+    {**_warming(1, 60), **_state("muted", 1, "xgboost")},
+)
+"""A warm-up that does not explain why there is no signal."""
 
 
 CASES = (
@@ -55,6 +65,7 @@ CASES = (
         ),
         "10m",
         fills={"{{ $value | humanizePercentage }}": "100%"},
+        also=tuple({BELOW: "0+1x60", OK: "0x60", **states} for states in NO_EXCUSES),
     ),
     Case(
         "QuartetNoFreshBar",
@@ -74,6 +85,7 @@ CASES = (
             {ACCEPTED: "0x60", OK: "0x60", **_warming(0, 60)},
         ),
         "10m",
+        also=tuple({ACCEPTED: "0+1x60", OK: "0x60", **states} for states in NO_EXCUSES),
     ),
     Case(
         "QuartetWorkerDown",
@@ -198,6 +210,7 @@ def rule_tests() -> dict[str, Any]:
     for alert in (*pages(), *tickets()):
         case = cases.pop(alert.name)
         tests.append(_test(case, case.firing, [_expected(alert, case)]))
+        tests.extend(_test(case, series, [_expected(alert, case)]) for series in case.also)
         tests.extend(_test(case, series, []) for series in case.silent)
     if cases:
         raise KeyError(f"cases of alerts that do not exist: {', '.join(cases)}")
