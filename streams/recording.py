@@ -147,7 +147,7 @@ class Writer:
 
     def __init__(self, path: Path, *, level: int = 3) -> None:
         self.path = path
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)
         self._compressor = zstandard.ZstdCompressor(level=level, write_checksum=True)
         self._lines: list[bytes] = []
         self._pending = 0
@@ -190,12 +190,15 @@ class Writer:
             frame = self._compressor.compress(b"".join(self._lines))
             self._lines.clear()
             self._pending = 0
-            self._file.write(frame)
-            self._file.flush()
+            left = memoryview(frame)
+            while left:
+                left = left[self._file.write(left) :]
 
     def close(self) -> None:
-        self.flush()
-        self._file.close()
+        try:
+            self.flush()
+        finally:
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self

@@ -170,17 +170,27 @@ class Recorder:
 
     def run(self) -> Recording:
         """Record until stopped, or until the streams were silent for `until_idle_s`."""
-        last_entry = time.monotonic()
         try:
-            while not self.plan.stop.is_set():
-                if self._reaching(self._turn):
-                    last_entry = time.monotonic()
-                elif self.plan.until_idle_s is not None and time.monotonic() - last_entry >= self.plan.until_idle_s:
-                    break
+            try:
+                self._follow()
+            finally:
+                self._writer.close()
+        except OSError as error:
+            raise CheckFailed(
+                f"{self._writer.path}: {error.strerror}; what was recorded is kept: make room and go on with the same "
+                "command"
+            ) from error
         finally:
-            self._writer.close()
             self._lock.close()
         return Recording(self._writer.path, dict(self.entries), self.lost)
+
+    def _follow(self) -> None:
+        last_entry = time.monotonic()
+        while not self.plan.stop.is_set():
+            if self._reaching(self._turn):
+                last_entry = time.monotonic()
+            elif self.plan.until_idle_s is not None and time.monotonic() - last_entry >= self.plan.until_idle_s:
+                break
 
     def _reaching(self, turn: Callable[[], int]) -> int:
         """One turn; an outage of the server is waited out, and what was read before it is on disk."""

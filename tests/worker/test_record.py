@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -33,8 +35,11 @@ from streams.recording import (
 from streams.redis import connect
 from tests.chaos.scene import feed, market
 from tests.helpers import environment, quartet, wait_for
-from worker.errors import CheckFailed, UsageError
+from worker.cli.check import _get
+from worker.errors import CheckFailed, Unavailable, UsageError
 from worker.record import Plan, Recorder
+from worker.replay.parquet import write_parquet
+from worker.training.bars import read_bars
 
 Fields = dict[bytes, bytes]
 
@@ -287,6 +292,65 @@ def test_a_stream_that_was_made_anew_stops_the_recorder(valkey: str, namespace: 
     feed(valkey, key, market(1, 10))
     with pytest.raises(CheckFailed, match="made anew"):
         record(valkey, file, namespace)
+
+
+def test_a_full_disk_ends_the_recorder_with_one_line_and_what_was_written_stays(
+    valkey: str, namespace: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "day.jsonl.zst"
+    feed(valkey, f"{namespace}:bars", market(1, 40))
+    recorder = Recorder(connect(valkey), plan(file, namespace), lambda _: None)
+    recorder._turn()
+    feed(valkey, f"{namespace}:bars", market(1, 80)[40:], first=40)
+    recorder._writer._file.close()
+    recorder._writer._file = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115 - the writer closes it
+    with pytest.raises(CheckFailed, match=r"day.jsonl.zst: No space left on device; .* go on with the same command"):
+        recorder.run()
+    record(valkey, file, namespace)
+    assert bars_in(file) == bars_on(valkey, namespace)
+
+
+def test_a_directory_for_parquet_that_cannot_be_made_or_a_missing_recording_is_one_line(
+    valkey: str, namespace: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("pyarrow")
+    file, folder = tmp_path / "day.jsonl.zst", tmp_path / "columns"
+    with pytest.raises(UsageError, match="no such file"):
+        write_parquet(file, folder)
+    assert not folder.exists()
+    record(valkey, file, namespace)
+    folder.write_text("keep me")
+    with pytest.raises(UsageError, match=r"--to-parquet .*columns: File exists; give a directory"):
+        write_parquet(file, folder)
+    assert folder.read_text() == "keep me"
+
+
+def test_a_directory_is_no_file_to_replay(tmp_path: Path) -> None:
+    done = quartet("replay", tmp_path, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "is a directory; give one file" in done.stderr
+
+
+def test_a_recording_is_known_by_its_bytes_and_not_by_its_suffix(valkey: str, namespace: str, tmp_path: Path) -> None:
+    feed(valkey, f"{namespace}:bars", market(1, 40))
+    record(valkey, tmp_path / "day.rec", namespace)
+    assert len(read_bars(tmp_path / "day.rec").bars) == 40
+
+
+def test_a_port_that_speaks_no_http_is_no_worker() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"-ERR unknown command\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(Unavailable, match="no worker answers on"):
+            _get(f"http://127.0.0.1:{server.getsockname()[1]}/healthz")
+        thread.join()
 
 
 def test_two_recorders_never_share_a_file(valkey: str, namespace: str, tmp_path: Path) -> None:

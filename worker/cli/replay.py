@@ -50,6 +50,8 @@ def replay(
     from streams.recording import RecordingError
     from worker.errors import UsageError
 
+    if file.is_dir():
+        raise UsageError(f"{file} is a directory; give one file: the first of a recording, or bars in .csv or .parquet")
     try:
         if verify:
             _verify(settings, file, batch_size, as_json=as_json)

@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from streams.recording import Recorded, Recording, RecordingError
+from streams.recording import Recorded, Recording, RecordingError, read_header
 from worker.errors import Unavailable, UsageError
 from worker.replay.accepted import accepted_bars
 
@@ -26,7 +26,13 @@ def write_parquet(recording: Path, directory: Path) -> dict[Path, int]:
         import pyarrow.parquet as pq  # noqa: PLC0415
     except ImportError as error:
         raise Unavailable("Parquet needs the extra: pip install 'quartet-worker[parquet]'") from error
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        read_header(recording)
+        directory.mkdir(parents=True, exist_ok=True)
+    except RecordingError as error:
+        raise UsageError(str(error)) from error
+    except OSError as error:
+        raise UsageError(f"--to-parquet {directory}: {error.strerror}; give a directory, new or old") from error
     written: dict[Path, int] = {}
 
     def write(name: str, rows: list[dict[str, Any]]) -> None:

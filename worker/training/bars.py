@@ -68,8 +68,10 @@ Rows = Iterator[tuple[str, Raw]]
 
 
 def read_bars(path: Path) -> BarFile:
-    """Read `path` by its suffix: `.csv`, `.parquet`, or `.zst` for a recording. Raises `BarFileError`."""
-    if path.suffix.lower() == RECORDING:
+    """Read `path` by its suffix, `.csv` or `.parquet`; a recording whatever its suffix. Raises `BarFileError`."""
+    from streams.recording import is_recording  # noqa: PLC0415 - with what reads it
+
+    if path.suffix.lower() == RECORDING or is_recording(path):
         return _read_recording(path)
     readers: dict[str, Callable[[Path], Rows]] = {".csv": _read_csv, ".parquet": _read_parquet}
     reader = readers.get(path.suffix.lower())
