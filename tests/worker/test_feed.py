@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
 import redis
+from aiohttp import web
 
 from streams import embedded
 from streams.keys import Keys
@@ -230,6 +231,101 @@ def test_a_line_that_stays_silent_is_filled_by_history(publisher, stream, exchan
     asyncio.run(asyncio.wait_for(scene(), 60))
     stamps = stream.stamps(PAIRS[0])
     assert stamps == list(range(stamps[0], stamps[-1] + 1, STEP_MS))
+
+
+@asynccontextmanager
+async def opened_feed(
+    publisher: Publisher, exchange: Exchange, plan: Plan, skew_ms: int = 0
+) -> AsyncIterator[SymbolFeed]:
+    """A feed of the first pair in this process, whose clock is wrong by `skew_ms`."""
+    opened = open_exchange("binance", exchange.options)
+    right = opened.milliseconds
+    opened.milliseconds = lambda: right() + skew_ms
+    yield SymbolFeed(opened, publisher, PAIRS[0], plan, make_logger("error"))
+    await close_exchange(opened)
+
+
+@asynccontextmanager
+async def running_feed(publisher: Publisher, exchange: Exchange, plan: Plan, skew_ms: int = 0) -> AsyncIterator[None]:
+    async with opened_feed(publisher, exchange, plan, skew_ms) as feed:
+        task = asyncio.ensure_future(feed.run())
+        yield
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def check_one(stream: Stream) -> None:
+    """Of the first pair: every bar once, none missing, each with its final values."""
+    stamps = stream.stamps(PAIRS[0])
+    assert stamps == list(range(stamps[0], stamps[-1] + 1, STEP_MS))
+    for _, fields in stream.client.xrange(stream.key):
+        values = tuple(float(fields[name]) for name in ("open", "high", "low", "close", "volume"))
+        assert values == ohlcv("BTCUSDT", int(fields["ts"]))
+
+
+def test_a_clock_that_is_ahead_never_makes_a_forming_bar_of_the_history_a_closed_one(publisher, stream, exchange):
+    async def scene() -> None:
+        async with opened_feed(publisher, exchange, Plan(history=20), skew_ms=5 * STEP_MS) as feed:
+            for _ in range(5):
+                await feed.catch_up()
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+    assert len(stream.stamps(PAIRS[0])) >= 10
+    check_one(stream)
+
+
+def test_a_clock_that_is_behind_does_not_hold_up_live_bars(publisher, stream, exchange):
+    async def scene() -> None:
+        async with running_feed(publisher, exchange, Plan(history=5), skew_ms=-60_000):
+            await asyncio.to_thread(wait_for, lambda: len(stream.stamps(PAIRS[0])) >= 67)
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+    check_one(stream)
+
+
+class Leaky(Exchange):
+    """Keeps the connection, but of every three bars only the first is sent whole, and the third not at all."""
+
+    async def _send(self, socket, symbol, at, closed, now_ms):
+        k = at // STEP_MS % 3
+        if k == 0 or (k == 1 and not closed):
+            await super()._send(socket, symbol, at, closed, now_ms)
+
+
+def test_a_bar_is_not_closed_by_one_that_is_not_its_successor(publisher, stream):
+    async def scene() -> None:
+        async with running_feed(publisher, exchange, Plan(history=2)):
+            await asyncio.to_thread(wait_for, lambda: len(stream.stamps(PAIRS[0])) >= 9)
+
+    with Leaky() as exchange:
+        asyncio.run(asyncio.wait_for(scene(), 60))
+    check_one(stream)
+
+
+class Hollow(Exchange):
+    """Its history has no volume of the bar at `hole`."""
+
+    hole: int | None = None
+
+    async def _klines(self, request):
+        rows = json.loads((await super()._klines(request)).text)
+        return web.json_response([[*r[:5], None, *r[6:]] if r[0] == self.hole else r for r in rows])
+
+
+def test_a_bar_without_values_is_waited_for_and_nothing_after_it_is_published(publisher, stream):
+    async def scene() -> None:
+        async with opened_feed(publisher, exchange, Plan(history=20)) as feed:
+            exchange.hole = (feed.exchange.milliseconds() // STEP_MS - 8) * STEP_MS
+            for _ in range(2):
+                await feed.catch_up()
+            assert stream.stamps(PAIRS[0])[-1] == exchange.hole - STEP_MS
+            exchange.hole = None
+            await feed.catch_up()
+
+    with Hollow() as exchange:
+        asyncio.run(asyncio.wait_for(scene(), 60))
+    assert len(stream.stamps(PAIRS[0])) >= 19
+    check_one(stream)
 
 
 def test_a_server_that_is_killed_and_comes_back_has_every_bar_once(tmp_path, namespace, exchange):

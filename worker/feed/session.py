@@ -1,13 +1,14 @@
 """The feed's loop for each symbol: catch up by history, follow live, and start over after every failure.
 
-A bar is published when the next one has begun: then its last update is its final one, if the
-connection held from that update to the next bar. After a cut nothing in hand is trusted; the
-exchange's history fills what was missed.
+A bar is published when the next one has begun, by the exchange's word and never by this machine's
+clock: then its last update is its final one, if the connection held from that update to the next bar.
+Otherwise nothing in hand is trusted; the exchange's history fills what was missed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,8 @@ class SymbolFeed:
         self.progress = progress
         self.step_ms = interval_ms(publisher.interval)
         self._failures = 0
+        self._newest = 0
+        self._stuck: int | None = None
         self._dice = random.Random()  # noqa: S311  spreads reconnects, guards nothing
 
     async def run(self) -> None:
@@ -72,15 +75,19 @@ class SymbolFeed:
                 await self._back_off(error)
 
     async def catch_up(self) -> int:
-        """Publish every closed bar after the last one on the stream, from history; how many."""
+        """Publish every closed bar after the last one on the stream, from history; how many.
+
+        The last row of a page may still be forming, however old the clock says it is: the page that
+        has the next one gives it.
+        """
         last = await self.publisher.last_ts(self.symbol)
-        now_ms = self.exchange.milliseconds()
+        now_ms = max(self.exchange.milliseconds(), self._newest)  # a clock that is behind must not hide bars
         since = now_ms // self.step_ms * self.step_ms - self.plan.history * self.step_ms
         since = since if last is None else last + self.step_ms
         wanted, done = max(0, (now_ms - since) // self.step_ms), 0
         while since + self.step_ms <= now_ms:
             rows = await self.exchange.fetch_ohlcv(self.symbol, self.publisher.interval, since, PAGE)
-            closed = _usable(rows[:-1] if _reaches(rows, now_ms, self.step_ms) else rows)
+            closed = self._whole(_in_order(rows)[:-1])
             done += await self.publisher.publish(self.symbol, closed)
             self.progress(self.symbol, done, wanted)
             if not closed or closed[-1][0] < since:
@@ -93,6 +100,7 @@ class SymbolFeed:
     async def _follow(self) -> None:
         """Live updates: the last one of a bar is published when the next bar begins."""
         forming: Row | None = None
+        self._newest = 0
         silence_s = self.plan.silence_s or max(SHORTEST_SILENCE_S, 1.5 * self.step_ms / 1000)
         update = self._watch()
         try:
@@ -100,26 +108,41 @@ class SymbolFeed:
                 done, _ = await asyncio.wait({update}, timeout=silence_s)
                 if not done:  # a quiet market or a dead line: history knows
                     await self.catch_up()
+                    forming = None
                     continue
                 rows, update = update.result(), self._watch()
                 self._recovered()
-                for row in _usable(rows):
-                    if forming is not None and row[0] > forming[0]:
-                        await self._close(forming)
-                    if forming is None or row[0] >= forming[0]:
-                        forming = list(row)
+                for row in _in_order(rows):
+                    forming = await self._advance(forming, row)
         finally:
             update.cancel()
+
+    async def _advance(self, forming: Row | None, row: Row) -> Row | None:
+        """Take `row` in; what is in hand afterwards. Only its direct successor closes a bar."""
+        if row[0] is None:
+            return None
+        if row[0] < self._newest:
+            return forming
+        self._newest = row[0]
+        if forming is None or row[0] > forming[0] + self.step_ms:
+            await self.catch_up()
+        elif row[0] > forming[0]:
+            await self._close(forming)
+        return list(row) if _has_all(row) else None
 
     def _watch(self) -> asyncio.Task[Any]:
         return asyncio.ensure_future(self.exchange.watch_ohlcv(self.symbol, self.publisher.interval))
 
     async def _close(self, row: Row) -> None:
-        """Publish a bar that has ended, and before it whatever is missing."""
-        last = await self.publisher.last_ts(self.symbol)
-        if last is None or row[0] > last + self.step_ms:
+        """Publish a bar that has ended, and before it whatever is missing; not before that is there."""
+        if not await self._joins(row):
             await self.catch_up()
-        await self.publisher.publish(self.symbol, [row])
+        if await self.publisher.last_ts(self.symbol) is None or await self._joins(row):
+            await self.publisher.publish(self.symbol, [row])
+
+    async def _joins(self, row: Row) -> bool:
+        last = await self.publisher.last_ts(self.symbol)
+        return last is not None and row[0] <= last + self.step_ms
 
     async def _poll(self) -> None:
         """For an exchange without live bars: its history, a few times a bar."""
@@ -127,6 +150,15 @@ class SymbolFeed:
             await asyncio.sleep(min(self.step_ms / 4000, 15.0))
             await self.catch_up()
             self._recovered()
+
+    def _whole(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows before the first one with an absent value: what came after it could not be filled later."""
+        whole = list(itertools.takewhile(_has_all, rows))
+        stuck = rows[len(whole)][0] if len(whole) < len(rows) else None
+        if stuck is not None and stuck != self._stuck:
+            self.log.warning("history has a bar without values; waiting for them", symbol=self.symbol, ts=stuck)
+        self._stuck = stuck
+        return whole
 
     def _recovered(self) -> None:
         if self._failures:
@@ -143,14 +175,12 @@ class SymbolFeed:
         await asyncio.sleep(ceiling_s * (0.5 + self._dice.random() / 2))
 
 
-def _usable(rows: Sequence[Row]) -> list[Row]:
-    """Rows without absent values, in order of time; the exchange's history gives the others later."""
-    return sorted((row for row in rows if all(x is not None for x in row[:6])), key=lambda row: row[0])
+def _in_order(rows: Sequence[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: row[0] or 0)
 
 
-def _reaches(rows: Sequence[Row], now_ms: int, step_ms: int) -> bool:
-    """Whether the last row may still be forming: history gives the bar in progress as its last one."""
-    return bool(rows) and rows[-1][0] + step_ms > now_ms - step_ms
+def _has_all(row: Row) -> bool:
+    return all(x is not None for x in row[:6])
 
 
 async def run_feed(feeds: Sequence[SymbolFeed], stop: asyncio.Event) -> None:
