@@ -24,6 +24,7 @@ from streams.validation import (
     Raw,
     check_size,
     interval_ms,
+    missing_bars,
     read_flat,
 )
 
@@ -130,15 +131,19 @@ class FormatReader:
         rows = [_placed(raw) for raw in raws]
         before = [raw for raw in rows if self._is_before(entry, raw)]
         return [{**raw, "closed": True} for raw in before[-1:]] + [
-            self._settle(entry, raw) for raw in rows if not self._is_before(entry, raw)
+            self._settle(entry, raw, rows) for raw in rows if not self._is_before(entry, raw)
         ]
 
     def _is_before(self, entry: Entry, raw: Raw) -> bool:
         held = self._held.get(_series(entry, raw))
         return held is not None and raw["ts"] < held["ts"]
 
-    def _settle(self, entry: Entry, raw: Raw) -> Raw:
-        """Hold `raw` and give the row that it closed, if it is the first of the next bar."""
+    def _settle(self, entry: Entry, raw: Raw, rows: Sequence[Raw]) -> Raw:
+        """Hold `raw`, one of the entry's `rows`, and give the row that it closed, if it begins the next bar.
+
+        A row further on closes only what stands in the same entry: of a row from an earlier one, the last updates
+        may be among what is missing.
+        """
         if not EARLIEST_TS_MS <= raw["ts"] < LATEST_TS_MS:
             return {**raw, "closed": True}  # judged at once: in hand it would stand in the way of all others
         if _begins_later(entry, raw):
@@ -151,7 +156,8 @@ class FormatReader:
         self._changed.add(name)
         if held is None or held["ts"] == raw["ts"]:
             return {**raw, "closed": False}
-        return {**held, "closed": True}
+        final = _follows(held, raw) or any(row is held for row in rows)
+        return {**held, "closed": True} if final else {**raw, "closed": False}
 
     def changes(self) -> list[tuple[bytes, bytes]]:
         """The state fields to store for every row taken in hand since the last call."""
@@ -195,6 +201,11 @@ def _placed(raw: Raw) -> Raw:
         if not isinstance(placed.get(name), str):
             raise BadBarError("missing_field", f"{name} is {placed.get(name)!r:.40}, text was expected")
     return placed
+
+
+def _follows(held: Raw, raw: Raw) -> bool:
+    """Whether no bar is missing between two rows of a series; over a weekend none is, of hourly and daily ones."""
+    return missing_bars(held["ts"], raw["ts"], interval_ms(raw["interval"])) == 0
 
 
 def _begins_later(entry: Entry, raw: Raw) -> bool:

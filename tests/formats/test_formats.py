@@ -147,6 +147,29 @@ def test_after_a_loss_of_input_nothing_in_hand_is_used_also_not_after_a_restart(
         assert [bar.ts for bar in accepted.bars] == [T + 60_000]
 
 
+def test_a_row_in_hand_is_not_closed_by_one_that_is_further_on():
+    """Its last updates may be among what is missing; the series goes on from the later row."""
+    rows = [row(0), row(1, 10.1), row(7), row(8)]
+    accepted = accept([entry(n, data=r) for n, r in enumerate(rows)], CCXT)
+    assert [bar.ts for bar in accepted.bars] == [T, T + 7 * 60_000]
+    assert dict(accepted.outcomes) == {"accepted": 2, "unclosed": 2}
+
+
+def test_within_one_list_every_row_but_the_last_has_ended_also_before_a_gap():
+    """Some exchanges have no bar where nobody traded."""
+    windows = [[row(0), row(1, 10.1)], [row(0), row(1), row(7)], [row(7), row(8)]]
+    accepted = accept([entry(n, data=rows) for n, rows in enumerate(windows)], CCXT)
+    assert [(bar.ts - T) // 60_000 for bar in accepted.bars] == [0, 1, 7]
+    assert {bar.close for bar in accepted.bars} == {11}
+
+
+def test_daily_rows_go_on_over_a_weekend():
+    friday = 1_699_574_400_000  # 2023-11-10
+    rows = [[friday + day * 86_400_000, 10.5, 12, 10, 11, 3] for day in (0, 3)]
+    accepted = accept([entry(n, data=r) for n, r in enumerate(rows)], InputRule("feed", symbol="A", interval="1d"))
+    assert [bar.ts for bar in accepted.bars] == [friday]
+
+
 def test_null_values_are_rejected_once_the_row_is_closed():
     accepted = accept([entry(1, data=row(0, None)), entry(2, data=row(1))], CCXT)
     assert [(r.reason, "close" in r.detail) for r in accepted.rejects] == [("missing_field", True)]
