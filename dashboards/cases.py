@@ -176,6 +176,8 @@ CASES = (
         (
             {"quartet_ensemble_agreement_ratio": "0.7x160", OK: "0+10x160"},
             {"quartet_ensemble_agreement_ratio": "0.4x160", OK: "0+1x160"},
+            # Signals on which too few voted to agree: the ratio is not exposed.
+            {OK: "0+10x160"},
         ),
         "35m",
         fills={"{{ $value | humanizePercentage }}": "40%"},

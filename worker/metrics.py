@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, disable_created_metrics
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
@@ -100,14 +100,15 @@ class Metrics:
         )
         for kind in ENSEMBLE:
             self._ensemble.labels(kind)
-        self._agreement = Gauge(
-            "quartet_ensemble_agreement_ratio", "Agreeing among the voting, mean over recent signals", registry=registry
+        self._agreement = LateGauge(
+            "quartet_ensemble_agreement_ratio", "Agreeing among the voting, mean over recent signals"
         )
-        self._disagreement = Gauge(
+        self._disagreement = LateGauge(
             "quartet_ensemble_hard_disagreement_ratio",
             "Share of recent signals with both a BUY and a SELL among the votes",
-            registry=registry,
         )
+        registry.register(self._agreement)
+        registry.register(self._disagreement)
         self._drift = Gauge(
             "quartet_feature_drift",
             "Distance of recent features from those the scalers were fitted on, in fitted deviations",
@@ -349,6 +350,23 @@ class _Counts:
         for labels in [labels for labels in self._children if labels[0] == first]:
             del self._children[labels]
             self._counter.remove(*labels)
+
+
+class LateGauge(Collector):
+    """A gauge without labels that has no sample before it is set: 0 would be a ratio that nobody saw."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self._name, self._text = name, text
+        self._value: float | None = None
+
+    def set(self, value: float) -> None:
+        self._value = value
+
+    def describe(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily(self._name, self._text)
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily(self._name, self._text, value=self._value)
 
 
 class BatchHistogram(Collector):

@@ -119,8 +119,9 @@ class Sensors:
         """Everything over sliding windows: well under a millisecond, so every couple of seconds, not every batch."""
         self._quality(pipeline)
         self._scores(pipeline)
-        agreement, hard = pipeline.ensemble.agreement_ratio, pipeline.ensemble.hard_disagreement_ratio
-        if agreement is not None and hard is not None:
+        ensemble = pipeline.ensemble
+        agreement, hard = ensemble.agreement_ratio, ensemble.hard_disagreement_ratio
+        if agreement is not None and hard is not None and ensemble.signals >= ensemble.limits.minimum:
             self.metrics.agreement(agreement, hard)
         models = [report.seat.model for report in pipeline.reports() if report.seat.model is not None]
         self.metrics.drift({d.feature: d.distance for d in self._drift.against(models)})

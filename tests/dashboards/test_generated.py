@@ -224,6 +224,16 @@ def test_a_rollback_by_the_safeguard_and_one_by_an_operator_are_counted_apart() 
     assert counted == {"safeguard": 1.0, "operator": 2.0}
 
 
+def test_ratios_of_the_ensemble_have_no_sample_before_they_are_known() -> None:
+    """A 0 at the start would be read as the agents never agreeing, and be a ticket."""
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    names = ("quartet_ensemble_agreement_ratio", "quartet_ensemble_hard_disagreement_ratio")
+    assert [registry.get_sample_value(name) for name in names] == [None, None]
+    metrics.agreement(0.75, 0.0)
+    assert [registry.get_sample_value(name) for name in names] == [0.75, 0.0]
+
+
 def test_promtool_accepts_the_rules_and_each_fires_and_is_silent(needs: Callable[[str], str]) -> None:
     promtool = needs("promtool")
     for arguments in (["check", "rules", "rules.yml"], ["test", "rules", "rules.test.yml"]):
