@@ -75,7 +75,7 @@ def pages(interval_s: int = 60) -> list[Alert]:
             f"{below} / ({increase('quartet_signals_total', 3)} > 0) > 0.9 unless {WARMING_UP}",
             bars(1),
             "Every signal is HOLD: too few agents vote",
-            "{{ $value | humanizePercentage }} of the signals of the last 3 bars are below_quorum. "
+            "{{ $value | humanizePercentage }} of the signals of the last 3 bars are below_quorum, and it lasts. "
             "Look which agents are refused or muted, and why.",
         ),
         Alert(
@@ -94,7 +94,7 @@ def pages(interval_s: int = 60) -> list[Alert]:
             f" and {increase('quartet_signals_total', 3)} == 0 unless {WARMING_UP}",
             bars(2),
             "Bars flow but no signal comes",
-            "Bars are accepted and not one signal was made of them for 3 intervals, outside of warm-up.",
+            "Bars are accepted and not one signal was made of them for about 5 intervals, outside of warm-up.",
         ),
         Alert(
             "QuartetWorkerDown",
