@@ -44,6 +44,7 @@ class StreamReport:
     example: str = ""
     series: int = 0
     longest: int = 0
+    """Bars of the longest series since its last warm-up began, so far as the entries read tell."""
     last_bar: str = ""
     last_bar_age_s: float | None = None
     gaps: int = 0
@@ -112,9 +113,8 @@ def examine_stream(
     per_day = _per_day(tail)
     size = store.client.memory_usage(key, samples=20) or 0
     known = position.inputs.get(key)
-    bars = _bars(accepted, facts.length / max(1, len(tail)), now_ms)
-    if known is not None and bars:  # the state holds what was read, also where the stream was trimmed since
-        bars["longest"] = max(bars["longest"], known.consumed // bars["series"])
+    reached = max(facts.length, known.consumed if known else 0)  # the state holds what was read, also if trimmed since
+    bars = _bars(accepted, reached / max(1, len(tail)), now_ms)
     return StreamReport(
         key,
         length=facts.length,
@@ -144,20 +144,33 @@ def _formats(entries: Sequence[Entry]) -> dict[str, int]:
 
 
 def _bars(accepted: Accepted, share: float, now_ms: int) -> dict[str, Any]:
-    """What the accepted bars say; `share` scales the longest series to the whole stream."""
+    """What the accepted bars say; `share` is how many times the tail all that counts is."""
     if not accepted.bars:
         return {}
     last = accepted.bars[-1]
     gaps = [event.evidence["missing"] for event in accepted.events if event.kind == "gap"]
-    lengths = Counter((bar.symbol, bar.interval) for bar in accepted.bars)
+    lengths = _lengths(accepted, share)
     return {
         "series": len(lengths),
-        "longest": round(max(lengths.values()) * share),
+        "longest": max(lengths.values()),
         "last_bar": last.bar_id,
         "last_bar_age_s": round((now_ms - last.ts - interval_ms(last.interval)) / 1000, 1),
         "gaps": len(gaps),
         "missing_bars": sum(gaps),
     }
+
+
+def _lengths(accepted: Accepted, share: float) -> dict[tuple[str, str], int]:
+    """Bars of each series since its last warm-up began: counted where the tail has that, else scaled by `share`."""
+    counts: Counter[tuple[str, str]] = Counter()
+    restarted = set()
+    for bar, restart in zip(accepted.bars, accepted.restart, strict=True):
+        series = (bar.symbol, bar.interval)
+        if restart:
+            restarted.add(series)
+            counts[series] = 0
+        counts[series] += 1
+    return {series: n if series in restarted else round(n * share) for series, n in counts.items()}
 
 
 def _per_day(entries: Sequence[Entry]) -> int | None:

@@ -110,6 +110,28 @@ def test_a_stream_that_was_read_and_trimmed_counts_with_what_the_state_holds(des
     assert desk.check()[0] == 0
 
 
+def test_updates_of_forming_bars_are_no_history(desk: Desk, tmp_path):
+    """20 bars, each after 59 updates, are 20 bars, before a worker has read them and after."""
+    updates = [bar(k, closed="false") for k in range(20) for _ in range(59)]
+    closed = [bar(k) for k in range(20)]
+    desk.publish(*(entry for k in range(20) for entry in (*updates[59 * k : 59 * k + 59], closed[k])))
+    flags = ["--redis", desk.url, "--namespace", desk.namespace, "--models", str(desk.models), "--http-port", "0"]
+    for _ in range(2):
+        code, text = desk.check()
+        assert code == 1
+        assert "a series needs 100 bars" in text.splitlines()[-1]
+        assert desk.report()["streams"][0]["longest"] == 20
+        assert quartet("run", *flags, "--until-idle", "0.1", cwd=tmp_path, env={"QUARTET_QUORUM": "2"}).returncode == 0
+
+
+def test_a_gap_after_which_a_series_warms_up_again_starts_the_count_anew(desk: Desk):
+    desk.publish(*(bar(k) for k in range(150)), *(bar(k) for k in range(300, 340)))
+    assert desk.report()["streams"][0]["longest"] == 40
+    code, text = desk.check()
+    assert code == 1
+    assert "a series needs 100 bars" in text.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("entries", "line"),
     [
