@@ -17,6 +17,7 @@ OK, BELOW = (
     'quartet_signals_total{action="BUY",status="ok"}',
     'quartet_signals_total{action="HOLD",status="below_quorum"}',
 )
+UNCLOSED = 'quartet_bars_total{outcome="unclosed"}'
 ACCEPTED, REJECTED = 'quartet_bars_total{outcome="accepted"}', 'quartet_bars_total{outcome="rejected"}'
 
 
@@ -123,6 +124,7 @@ CASES = (
         ),
         "20m",
         fills={"{{ $value | humanizePercentage }}": "10%"},
+        also=({ACCEPTED: "0+9x80", REJECTED: "0+1x80", UNCLOSED: "0+90x80"},),
     ),
     Case(
         "QuartetLagGrowing",

@@ -8,10 +8,13 @@ from dashboards.panels import BLUE, GREEN, RED, YELLOW, Query, chart, figure, sh
 REJECTS = "QuartetRejects"
 FRESH = "QuartetNoFreshBar"
 ALL = "sum(rate(quartet_bars_total[$__rate_interval]))"
+CLOSED = 'sum(rate(quartet_bars_total{outcome!="unclosed"}[$__rate_interval]))'
 
 
 def _share_of(outcome: str) -> str:
-    return share(f'sum(rate(quartet_bars_total{{outcome="{outcome}"}}[$__rate_interval]))', ALL)
+    """Of all entries; the rejected of those that are no forming bars, as the alert counts them."""
+    of = CLOSED if outcome == "rejected" else ALL
+    return share(f'sum(rate(quartet_bars_total{{outcome="{outcome}"}}[$__rate_interval]))', of)
 
 
 def _figure_of(outcome: str, title: str, text: str, red: float) -> tuple[int, int, object]:
@@ -22,7 +25,12 @@ def _figure_of(outcome: str, title: str, text: str, red: float) -> tuple[int, in
 
 def board() -> Board:
     top = [
-        _figure_of("rejected", "Rejected", "Share of entries that were refused. Over 5 % signals are withheld.", 0.05),
+        _figure_of(
+            "rejected",
+            "Rejected",
+            "Share of entries, forming bars aside, that were refused. Over 5 % signals are withheld.",
+            0.05,
+        ),
         _figure_of("duplicate", "Duplicates", "Share of entries that repeat the bar before, dropped.", 0.5),
         _figure_of("unclosed", "Unclosed", "Share of entries that are forming bars: skipped, never used.", 1.0),
         (
@@ -68,7 +76,7 @@ def board() -> Board:
             8,
             chart(
                 "Rejected share",
-                "Share of entries that were refused; the limit is 5 % of the last 500.",
+                "Share of entries, forming bars aside, that were refused; the limit is 5 % of the last 500.",
                 [Query(_share_of("rejected"), "rejected")],
                 unit="percentunit",
                 steps=((None, GREEN), (0.05, RED)),
