@@ -7,9 +7,12 @@ and compared with the text and the pixels in a real browser.
 from __future__ import annotations
 
 import datetime as dt
+import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,11 @@ class Visit:
             "rows => rows.map(row => [row.dataset.ts, ...[...row.cells].map(cell => cell.textContent)])"
         )
         return found[::-1]
+
+    def lanes(self) -> dict[str, Any]:
+        """What each lane last drew: its label, and how many cells of which colour."""
+        found: dict[str, Any] = json.loads(self.page.locator("#chart").get_attribute("data-lanes") or "{}")
+        return found
 
     def colour(self, name: str) -> str:
         return str(self.page.evaluate(f"getComputedStyle(document.body).getPropertyValue('--{name}').trim()"))
@@ -243,6 +251,38 @@ def test_the_sabotaged_demo_is_grey_where_it_failed_closed_and_where_an_agent_is
         wait_for(lambda: visit.pixels("grey", 0) >= LEAST_PIXELS)  # candles
         assert visit.pixels("grey", 1) >= LEAST_PIXELS  # lanes
         assert visit.pixels("bad", 2) >= LEAST_PIXELS  # voting under the quorum
+
+
+def test_every_signal_that_counts_has_its_arrow_and_every_vote_the_colour_of_its_weight(visit: Visit) -> None:
+    scene = visit.scene
+    first = scene.messages(scene.keys.features, SYMBOL)[-MOST_BARS:][0]["ts"]
+    signals = [one for one in scene.messages(scene.keys.signals, SYMBOL) if one["ts"] >= first]
+    actions = [one["action"] if one["status"] == "ok" else None for one in signals]
+    assert any(actions), "some that count are among them"
+    chart = visit.page.locator("#chart")
+    visit.page.get_by_label("60", exact=True).check()
+    expect(chart).to_have_attribute("data-markers", arrows(actions))
+    visit.page.get_by_label("500", exact=True).check()
+    begun = [now if now != before else None for before, now in pairwise([None, *actions])]
+    expect(chart).to_have_attribute("data-markers", arrows(begun))
+    cells = {agent: Counter(colour(one["votes"][agent]) for one in signals) for agent in AGENTS}
+    wait_for(lambda: {agent: lane["cells"] for agent, lane in visit.lanes().items()} == {"feed": {}, **cells})
+    muted = {agent for agent, facts in scene.ready()["agents"].items() if facts["state"] == "muted"}
+    assert all(cells[agent]["grey"] > 0 < cells[agent].total() - cells[agent]["grey"] for agent in muted)
+    for agent, facts in scene.ready()["agents"].items():
+        off = ": ".join(word for word in (facts["state"], facts["reason"]) if word)
+        label = agent if facts["state"] == "active" else f"{agent} · {off}"
+        assert visit.lanes()[agent]["label"] == label
+
+
+def arrows(actions: list[str | None]) -> str:
+    return f"{actions.count('BUY')} up, {actions.count('SELL')} down"
+
+
+def colour(vote: dict[str, Any]) -> str:
+    """Of a vote's cell: grey where it has no weight."""
+    weighs = vote["state"] in ("active", "canary") and vote["action"] != "ABSTAIN"
+    return str(vote["action"]).lower() if weighs else "grey"
 
 
 def test_the_bar_under_the_crosshair_is_told_in_words(visit: Visit) -> None:

@@ -8,6 +8,7 @@ import { FAILED_CLOSED } from "./rows.js";
 
 const NAMES = ["card", "ink", "quiet", "line", "buy", "sell", "hold", "grey", "veil", "bad", "warn"];
 const LANE_HEIGHT = 26;
+const MOST_ARROWS = 60;
 const VOTING_HEIGHT = 84;
 const QUIET_SERIES = { priceLineVisible: false, lastValueVisible: false };
 const NO_SCALE = { ...QUIET_SERIES, autoscaleInfoProvider: () => null };
@@ -33,7 +34,9 @@ export class Chart {
     this.veil = this.chart.addCustomSeries(new Veil(this.colours), { ...NO_SCALE, priceScaleId: "" });
     this.candles = this.chart.addSeries(CandlestickSeries, { priceLineVisible: false });
     this.markers = createSeriesMarkers(this.candles, []);
-    this.lanesView = new Lanes(this.colours);
+    this.lanesView = new Lanes(this.colours, (drawn) => {
+      element.dataset.lanes = drawn;
+    });
     const blank = { type: "custom", minMove: 1, formatter: () => "" };
     this.lanes = this.chart.addCustomSeries(this.lanesView, { ...QUIET_SERIES, priceFormat: blank }, 1);
     const whole = { type: "price", precision: 0, minMove: 1 };
@@ -106,7 +109,7 @@ export class Chart {
       if (changed === null) series.setData(rows.map(item));
       else for (const row of changed) series.update(item(row));
     }
-    this.markers.setMarkers(rows.filter((row) => row.status === "ok").map((row) => this.#marker(row)));
+    this.#mark();
   }
 
   #candle(row) {
@@ -124,6 +127,21 @@ export class Chart {
     return { time: seconds(row), value: row.voting, color: short ? this.colours.bad : this.colours.ink };
   }
 
+  /** An arrow for each BUY and SELL; where many bars are shown, for the first of a run of the same. */
+  #mark() {
+    let before = null;
+    const marked = this.#rows.filter((row) => {
+      const action = row.status === "ok" ? row.action : null;
+      const changed = action !== before;
+      before = action;
+      return action && (changed || this.#shown <= MOST_ARROWS);
+    });
+    this.markers.setMarkers(marked.map((row) => this.#marker(row)));
+    const drawn = this.markers.markers().map(({ shape }) => shape);
+    const count = (wanted) => drawn.filter((shape) => shape === wanted).length;
+    this.element.dataset.markers = `${count("arrowUp")} up, ${count("arrowDown")} down`;
+  }
+
   #marker(row) {
     const buy = row.action === "BUY";
     return {
@@ -131,7 +149,7 @@ export class Chart {
       position: buy ? "belowBar" : "aboveBar",
       shape: buy ? "arrowUp" : "arrowDown",
       color: this.colours[buy ? "buy" : "sell"],
-      text: this.#shown <= 60 ? row.action : "",
+      text: this.#shown <= MOST_ARROWS ? row.action : "",
     };
   }
 
@@ -140,7 +158,7 @@ export class Chart {
     this.#shown = bars;
     const to = this.#rows.length + 1;
     this.chart.timeScale().setVisibleLogicalRange({ from: to - Math.min(bars, Math.max(this.#rows.length, 30)) - 1, to });
-    this.markers.setMarkers(this.#rows.filter((row) => row.status === "ok").map((row) => this.#marker(row)));
+    this.#mark();
   }
 
   // ------------------------------------------------------------------ keyboard

@@ -66,17 +66,32 @@ export class Veil extends Layer {
 export class Lanes extends Layer {
   agents = [];
   states = {};
+  #drawn = "";
+
+  /** `onDrawn` is told in JSON what each agent's lane holds, when that changes: its label, and cells by colour. */
+  constructor(colours, onDrawn) {
+    super(colours);
+    this.onDrawn = onDrawn;
+  }
 
   draw(context, { bitmapSize, horizontalPixelRatio: h, verticalPixelRatio: v }, cells) {
     const height = bitmapSize.height / (this.agents.length + 1);
     const lanes = ["feed", ...this.agents];
+    const drawn = {};
     lanes.forEach((name, place) => {
-      const lane = { top: Math.round(place * height), bottom: Math.round((place + 1) * height), v };
+      const lane = { top: Math.round(place * height), bottom: Math.round((place + 1) * height), v, cells: {} };
       for (const cell of cells) this.#cell(context, lane, cell, name);
       context.fillStyle = this.colours.line;
       context.fillRect(0, lane.bottom - 1, bitmapSize.width, 1);
-      this.#label(context, lane, h, name, bitmapSize.width / h);
+      const label = this.#label(context, lane, h, name, bitmapSize.width / h);
+      drawn[name] = { label, cells: lane.cells };
     });
+    this.#tell(JSON.stringify(drawn));
+  }
+
+  #tell(drawn) {
+    if (drawn !== this.#drawn) this.onDrawn(drawn);
+    this.#drawn = drawn;
   }
 
   #cell(context, lane, { left, right, row }, name) {
@@ -87,7 +102,7 @@ export class Lanes extends Layer {
     }
   }
 
-  #vote(context, { top, bottom, v }, left, right, vote) {
+  #vote(context, { top, bottom, v, cells }, left, right, vote) {
     const valid = counts(vote);
     const inset = Math.round(2 * v);
     const middle = Math.round((top + bottom) / 2);
@@ -96,7 +111,9 @@ export class Lanes extends Layer {
       context.fillStyle = this.colours.veil;
       context.fillRect(left, top + 1, right - left, bottom - top - 2);
     }
-    context.fillStyle = valid ? this.colours[vote.action.toLowerCase()] : this.colours.grey;
+    const colour = valid ? vote.action.toLowerCase() : "grey";
+    context.fillStyle = this.colours[colour];
+    cells[colour] = (cells[colour] ?? 0) + 1;
     const thin = Math.max(1, Math.round(vote.action === "HOLD" ? 1.5 * v : v / 2));
     if (vote.action === "BUY") context.fillRect(left, top + inset, width, middle - top - inset);
     else if (vote.action === "SELL") context.fillRect(left, middle, width, bottom - middle - inset);
@@ -142,5 +159,6 @@ export class Lanes extends Layer {
     context.textBaseline = "middle";
     context.fillText(text, 5, y + 0.5);
     context.restore();
+    return text;
   }
 }
