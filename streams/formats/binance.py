@@ -16,22 +16,34 @@ from streams.validation import BadBarError, Raw
 NAME = "binance"
 SHAPE = 'a kline message {"e": "kline", "k": {...}}'
 EVENTS = ("kline", "continuous_kline")
+OTHER_EVENTS = frozenset(
+    """
+    trade aggTrade avgPrice bookTicker depthUpdate 24hrTicker 24hrMiniTicker 1hTicker 4hTicker 1dTicker referencePrice
+    markPriceUpdate indexPriceUpdate indexPrice_kline markPrice_kline forceOrder compositeIndex contractInfo
+    assetIndexUpdate openInterest tradingSession serverShutdown eventStreamTerminated listenKeyExpired
+    executionReport listStatus outboundAccountPosition balanceUpdate externalLockUpdate
+    ORDER_TRADE_UPDATE ACCOUNT_UPDATE ACCOUNT_CONFIG_UPDATE MARGIN_CALL TRADE_LITE STRATEGY_UPDATE GRID_UPDATE
+    CONDITIONAL_ORDER_TRIGGER_REJECT ALGO_UPDATE
+    """.split()
+)
+"""What else Binance sends on its websockets; an `e` that is not among them is no message of Binance's."""
 _KLINE = frozenset("tTohlcv")
 _PRICES = {"open": "o", "high": "h", "low": "l", "close": "c", "volume": "v"}
 
 
 def recognises(document: Document) -> bool:
     message = _unwrapped(document)
-    reply = "id" in message and ("result" in message or "error" in message)
-    return "e" in message or reply or message.keys() >= _KLINE
+    event = message.get("e")
+    known = isinstance(event, str) and (event in EVENTS or event in OTHER_EVENTS)
+    return known or ("e" not in message and (_is_reply(message) or message.keys() >= _KLINE))
 
 
 def read(document: Document) -> list[Raw]:
     """The kline, or nothing where the message is another event or a reply."""
     message = _unwrapped(document)
-    kline = message.get("k") if "k" in message else message
-    if message.get("e", "kline") not in EVENTS or not message.keys() & {"k", "t"}:
+    if message.get("e", "kline") not in EVENTS or _is_reply(message):
         return []
+    kline = message.get("k", message if message.keys() >= _KLINE else None)
     if not isinstance(kline, Mapping):
         raise BadBarError("type", f"k is {kline!r:.40}, an object was expected")
     raw = {name: kline.get(letter) for name, letter in _PRICES.items()}
@@ -46,6 +58,16 @@ def read(document: Document) -> list[Raw]:
             "closed": closed,
         }
     ]
+
+
+def _is_reply(message: Mapping[str, Any]) -> bool:
+    """To a subscription or a question about it: null, a truth value or the names subscribed to; or an error."""
+    if "id" not in message:
+        return False
+    result = message.get("result")
+    names = isinstance(result, list) and all(isinstance(name, str) for name in result)
+    answered = "result" in message and (result is None or isinstance(result, bool) or names)
+    return answered or isinstance(message.get("error"), Mapping)
 
 
 def _unwrapped(document: Document) -> Mapping[str, Any]:

@@ -11,14 +11,15 @@ _PRICES = ("open", "high", "low", "close", "volume")
 
 
 def recognises(document: Document) -> bool:
-    """By `ts`; without it, by a symbol beside prices, so that the reject names the missing field.
+    """By `ts` beside a symbol or prices; by a symbol beside prices too, so that the reject names the missing field.
 
     Where a `start` stands beside a `stop` or an `exchange`, nobody knows what `ts` means there: it may be the close.
     """
     value = document.mapping
     if "start" in value and ("stop" in value or "exchange" in value):
         return False
-    return "ts" in value or ("start" not in value and "symbol" in value and any(name in value for name in _PRICES))
+    symbol, prices = "symbol" in value, any(name in value for name in _PRICES)
+    return (symbol or prices) if "ts" in value else "start" not in value and symbol and prices
 
 
 def read(document: Document) -> list[Raw]:

@@ -18,12 +18,18 @@ from streams.validation import BadBarError, Raw, check_size, read_json_object
 NAME = "nautilus"
 SHAPE = "topic data.bars.*, payload in JSON or msgpack"
 TOPIC = b"data.bars."
+_TOPICS = (b"data.", b"events.")
 _UNITS = {"SECOND": "s", "MINUTE": "m", "HOUR": "h", "DAY": "d"}
 _PRICES = ("open", "high", "low", "close", "volume")
 
 
 def recognises(fields: Mapping[bytes, bytes]) -> bool:
     return b"topic" in fields and b"payload" in fields
+
+
+def owns(fields: Mapping[bytes, bytes]) -> bool:
+    """Whether the topic is nautilus_trader's own; other programs have fields named so as well."""
+    return fields[b"topic"].startswith(_TOPICS)
 
 
 def read(fields: Mapping[bytes, bytes]) -> list[Raw]:

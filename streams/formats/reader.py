@@ -76,17 +76,28 @@ def recognise(entry: Entry) -> tuple[str, list[Raw]]:
 
     Raises `BadBarError` for an entry that cannot be read or fits no format.
     """
-    if nautilus.recognises(entry.fields):
+    if nautilus.recognises(entry.fields) and (nautilus.owns(entry.fields) or not _fits_another(entry)):
         return nautilus.NAME, nautilus.read(entry.fields)
     document = read_document(entry.fields)
-    for known in FORMATS:
-        if known.recognises(document):
-            return known.NAME, known.read(document)
+    known = _format_of(document)
+    if known is not None:
+        return known.NAME, known.read(document)
     tried = "; ".join(f"{known.NAME} ({known.SHAPE})" for known in (*FORMATS, nautilus))
     is_object = isinstance(document.value, Mapping)
     found = f"the fields {', '.join(map(str, document.value))[:80]}" if is_object else "a JSON list"
     reason = "missing_field" if is_object else "type"
     raise BadBarError(reason, f"fits no format, found {found}; tried {tried}")
+
+
+def _format_of(document: Document) -> Any:
+    return next((known for known in FORMATS if known.recognises(document)), None)
+
+
+def _fits_another(entry: Entry) -> bool:
+    try:
+        return _format_of(read_document(entry.fields)) is not None
+    except BadBarError:
+        return False
 
 
 class FormatReader:

@@ -65,10 +65,22 @@ def test_only_x_true_closes_a_kline(closed):
 
 
 @pytest.mark.parametrize(
-    "message", [{"e": "trade", "s": "BTCUSDT", "p": "1"}, {"result": None, "id": 1}, {"e": "24hrTicker", "k": 1}]
+    "message",
+    [
+        {"e": "trade", "s": "BTCUSDT", "p": "1"},
+        {"result": None, "id": 1},
+        {"e": "24hrTicker", "k": 1},
+        {"result": ["btcusdt@trade"], "id": 3},
+        {"error": {"code": 2, "msg": "x"}, "id": 1},
+        {"result": True, "id": 5},
+    ],
 )
 def test_other_messages_of_binance_are_no_bars_and_no_errors(message):
     assert dict(accept([entry(data=message)]).outcomes) == {"unclosed": 1}
+
+
+def test_a_kline_event_without_its_kline_is_rejected():
+    assert refusal(entry(data={"e": "kline", "s": "BTCUSDT"})) == ("type", "k is None, an object was expected")
 
 
 def test_a_quarterly_contract_is_a_series_of_its_own():
@@ -261,6 +273,19 @@ def test_the_fields_of_the_newer_message_bus_are_read_whatever_encoding_says():
         assert bar.ts == T
 
 
+@pytest.mark.parametrize("topic", ["klines", "market"])
+def test_a_topic_of_another_program_does_not_hide_its_bars(topic):
+    assert one(entry(topic=topic, payload=KLINE)).symbol == "BTCUSDT"
+
+
+@pytest.mark.parametrize(
+    ("topic", "payload"),
+    [("events.order.S-1", json.dumps(KLINE)), ("commands.x", "{}"), ("x", b"\x81\xc1"), ("x", "[" + "1," * 4000)],
+)
+def test_every_other_message_with_topic_and_payload_is_no_bar_and_no_error(topic, payload):
+    assert dict(accept([entry(topic=topic, payload=payload)]).outcomes) == {"unclosed": 1}
+
+
 def test_a_large_message_of_another_topic_is_skipped_not_rejected():
     item = entry(topic="data.book.snapshots", payload=b"\xde" + bytes(20_000))
     assert dict(accept([item]).outcomes) == {"unclosed": 1}
@@ -271,7 +296,22 @@ def test_a_payload_that_cannot_be_read_is_rejected(payload):
     assert refusal(entry(topic="data.bars.X", payload=payload))[0] in ("encoding", "type")
 
 
-@pytest.mark.parametrize("item", [entry(side="buy", price="1"), entry(data={"a": 1}), entry(data=[1, 2])])
+@pytest.mark.parametrize(
+    "item",
+    [
+        entry(side="buy", price="1"),
+        entry(data={"a": 1}),
+        entry(data=[1, 2]),
+        entry(ts=str(T), foo="1"),
+        entry(data={"topic": "kline.1.BTCUSDT", "ts": T, "data": [{"start": T, "open": "1"}]}),
+        entry(data={"e": 1, "foo": 2}),
+        entry(data={"e": "unheard of", "foo": 2}),
+        entry(data={"e": ["kline"], "k": K}),
+        entry(e="1", price="2"),
+        entry(data={"id": 5, "result": [1, 2]}),
+        entry(data={"id": 5, "status": 200, "result": [[T, "1", "1", "1", "1", "1"]]}),
+    ],
+)
 def test_what_fits_no_format_is_rejected_with_what_was_tried(item):
     _, detail = refusal(item)
     for name in ("native", "cryptofeed", "nautilus", "binance", "ccxt"):
