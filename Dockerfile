@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 # The program and nothing else, for amd64 and arm64: docker buildx build --platform linux/amd64,linux/arm64 .
-# For a build that can be repeated to the byte, put the digest of your registry behind the tag:
+# To pin the base, put the digest of your registry behind the tag; packages of the base's mirrors still move:
 #   --build-arg PYTHON=python:3.11.14-slim-bookworm@sha256:...
 ARG PYTHON=python:3.11.14-slim-bookworm
 
