@@ -74,8 +74,14 @@ CASES = (
         (
             {"quartet_last_bar_timestamp_seconds": "0+15x60"},
             {"quartet_last_bar_timestamp_seconds": "0x8 120+15x50"},
+            # 180 s old at 10 minutes, and not over it.
+            {"quartet_last_bar_timestamp_seconds": "420x60"},
         ),
         "10m",
+        also=(
+            {"quartet_last_bar_timestamp_seconds": "419x60"},
+            {"quartet_last_bar_timestamp_seconds": "0x60"},
+        ),
     ),
     Case(
         "QuartetNoSignals",
