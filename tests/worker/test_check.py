@@ -136,7 +136,7 @@ def test_a_gap_after_which_a_series_warms_up_again_starts_the_count_anew(desk: D
     ("entries", "line"),
     [
         ([], "NOT READY: nothing is in"),
-        ([{"foo": "bar"}] * 3, "fits no format, found the fields foo; tried native"),
+        ([{"foo": "bar"}] * 3, "fits no format, found the fields foo; tried cryptofeed"),
         ([bar(k, closed="false") for k in range(3)], "set inputs.<key>.closed"),
         ([bar(k, **({"low": 999} if k % 10 == 0 else {})) for k in range(250)], "over 5 % of the last entries"),
     ],
