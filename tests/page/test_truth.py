@@ -174,6 +174,7 @@ def test_every_agent_has_a_card_with_its_state_and_its_last_vote(visit: Visit) -
     for name, facts in visit.scene.ready()["agents"].items():
         card = visit.page.locator(f"#agents li[data-agent={name}]")
         expect(card).to_have_attribute("data-state", facts["state"])
+        expect(card.locator(".on")).to_have_text(f"last vote on {SYMBOL} 1m")
         vote = last["votes"][name]
         shown = card.locator(".vote").inner_text()
         if vote["action"] == "ABSTAIN":
@@ -309,8 +310,8 @@ def test_it_fits_and_its_pictures_are_made(
         visit.page.set_viewport_size({"width": width, "height": 1360})
         wide = visit.page.evaluate("document.documentElement.scrollWidth")
         assert wide <= width, f"{wide} pixels are needed, there are {width}"
-        if played == "sabotaged":
-            visit.page.get_by_label("500", exact=True).check()  # from before the collapse to now
+        shown = "500" if played == "sabotaged" else "250"  # from before the collapse to now; both kinds of arrows
+        visit.page.get_by_label(shown, exact=True).check()
         visit.page.wait_for_timeout(300)  # the picture is of the chart at this width
         kept = KEPT.get((played, scheme, width))
         folder = Path(os.environ.get("QUARTET_TEST_PICTURES") or tmp_path) if kept else tmp_path

@@ -42,7 +42,9 @@ export class Chart {
     const whole = { type: "price", precision: 0, minMove: 1 };
     const range = () => ({ priceRange: { minValue: 0, maxValue: this.#configured } });
     const steps = { ...QUIET_SERIES, lineType: LineType.WithSteps, priceFormat: whole, autoscaleInfoProvider: range };
-    this.quorum = this.chart.addSeries(LineSeries, { ...steps, lineWidth: 1, lineStyle: LineStyle.Dashed, title: "quorum" }, 2);
+    this.quorum = this.chart.addSeries(LineSeries, {
+      ...steps, lineWidth: 1, lineStyle: LineStyle.Dashed, title: "quorum", lastValueVisible: true,
+    }, 2);
     this.voting = this.chart.addSeries(LineSeries, { ...steps, lineWidth: 2, title: "voting" }, 2);
     this.chart.subscribeCrosshairMove(({ time, sourceEvent }) => {
       if (sourceEvent) this.#at = null;
@@ -61,8 +63,9 @@ export class Chart {
   #paint() {
     Object.assign(this.colours, coloursOf(this.element));
     const { card, quiet, line, buy, sell, grey, ink } = this.colours;
+    // The logo would lie on a line: the page's foot names and links the library's maker in its place.
     this.chart.applyOptions({
-      layout: { background: { color: card }, textColor: quiet, fontSize: 11, panes: { separatorColor: line, enableResize: false } },
+      layout: { background: { color: card }, textColor: quiet, fontSize: 11, attributionLogo: false, panes: { separatorColor: line, enableResize: false } },
       grid: { vertLines: { color: line }, horzLines: { color: line } },
       rightPriceScale: { borderColor: line },
       timeScale: { borderColor: line, timeVisible: true, secondsVisible: false, rightOffset: 2, minBarSpacing: 0.4 },

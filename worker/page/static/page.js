@@ -47,7 +47,7 @@ function showAll() {
   byId("namespace").textContent = `namespace ${overview.namespace}`;
   panels.showHeadline(overview, warmingText());
   panels.showReasons(overview);
-  panels.showAgents(overview, last);
+  panels.showAgents(overview, last, pair);
   panels.showNotes(notes);
   chart.setAgents(agents, laneNotes());
   byId("progress").textContent = progressText(last);

@@ -64,8 +64,8 @@ function reason(kind, head, rest) {
   return make("li", { "data-state": kind }, make("b", {}, head), rest);
 }
 
-/** A card an agent: what it is now, and its vote on the last bar shown. */
-export function showAgents(overview, last) {
+/** A card an agent: what it is now, and its vote on the last bar of the chosen symbol. */
+export function showAgents(overview, last, pair) {
   fill(byId("agents"), ...overview.agents.map((one) => {
     const vote = last?.votes[one.agent];
     const why = [one.reason, one.detail].filter(Boolean).join(", ");
@@ -74,6 +74,7 @@ export function showAgents(overview, last) {
         make("span", { class: "name" }, one.agent),
         make("span", { class: "state" }, `${GLYPHS[one.state] ?? "○"} ${state(one.state)}`)),
       make("div", { class: `vote ${vote ? tone(vote) : "greyed"}` }, vote ? shortVote(vote) : "no vote yet"),
+      ...(pair ? [make("div", { class: "on" }, `last vote on ${pair.join(" ")}`)] : []),
       ...(one.version ? [make("div", { class: "version" }, one.version)] : []),
       ...(why && one.state !== "active" ? [make("div", { class: "why", title: why }, why)] : []));
   }));
