@@ -20,7 +20,7 @@ from streams.contracts import FEATURE_SETS
 from streams.formats import FormatReader
 from streams.keys import Keys
 from streams.messages import AGENTS, CANARY, Action, AgentState, Bar, Entry
-from streams.recording import Recorded, Recording, RecordingError
+from streams.recording import Recorded, Recording, RecordingError, encode
 from streams.store import id_tuple
 from streams.validation import LATEST_TS_MS
 from worker import consensus
@@ -29,7 +29,7 @@ from worker.batches import STATE_CODE, Ballot
 from worker.errors import CheckFailed, UsageError
 from worker.features.bank import FeatureBank
 from worker.intake import Intake
-from worker.replay.outline import VOTES
+from worker.replay.outline import VOTES, Outline, read_outline
 from worker.replay.shelf import Shelf
 from worker.settings import Settings
 
@@ -86,6 +86,10 @@ class Place(Protocol):
         """Every entry of the inputs in order, and why that is not all of them, empty where it is."""
         ...
 
+    def outline(self) -> Outline:
+        """What was decided then: starts with their settings, what was left out, the hashes of the models."""
+        ...
+
 
 @dataclass
 class ServerPlace:
@@ -117,6 +121,13 @@ class ServerPlace:
         why = f"{trimmed} entries of the input are gone from the server" if trimmed else ""
         return self._forwards(self.inputs[0]), why
 
+    def outline(self) -> Outline:
+        outline = Outline()
+        for stream in ("events", "rejected"):
+            for entry in self._forwards(f"{self.keys.namespace}:{stream}"):
+                outline.take(encode(Recorded(stream, entry.key, entry.id, entry.fields)))
+        return outline
+
     def _forwards(self, key: str) -> Iterator[Entry]:
         first = "-"
         while rows := self.client.xrange(key, min=first, count=PAGE):
@@ -146,6 +157,9 @@ class RecordedPlace:
         why = f"the recording begins {before} bars after the start of its input" if before else ""
         items = (i for i in Recording(self.path) if isinstance(i, Recorded) and i.stream == "bars")
         return (Entry(item.key, item.id, item.fields) for item in items), why
+
+    def outline(self) -> Outline:
+        return read_outline(Recording(self.path))
 
 
 @dataclass(frozen=True)
@@ -229,12 +243,24 @@ def explain(place: Place, settings: Settings, bar_id: str | None) -> Explanation
         entries = place.of_entry(streams, entry_id)
         votes = {agent: entries[VOTES + agent] for agent in signal["votes"] if VOTES + agent in entries}
         found = Explanation(entry_id, signal, votes, entries.get(FEATURES))
+        outline = place.outline()
+        settings = settings_of_then(outline, entry_id, settings)
         found.checks.append(check_consensus(found, settings.canary_share))
-        found.checks += check_models(place, found, settings)
-        found.checks.append(check_features(place, found, settings))
+        found.checks += check_models(place, found, settings, outline)
+        found.checks.append(check_features(place, found, settings, outline))
     except RecordingError as error:
         raise UsageError(str(error)) from error
     return found
+
+
+def settings_of_then(outline: Outline, entry_id: str, settings: Settings) -> Settings:
+    """The settings of the start before `entry_id`, with the models of here; those of here where no start is known."""
+    starts = [step for step in outline.starts if step.place < id_tuple(entry_id)] or outline.starts[:1]
+    if not starts:
+        return settings
+    then = {name: x for name, x in starts[-1].evidence["settings"].items() if name in Settings.model_fields}
+    here = {name: getattr(settings, name) for name in ("models", "state_dir", "namespace")}
+    return Settings(**{**then, **here})
 
 
 # ------------------------------------------------------------------ recomputing
@@ -283,9 +309,9 @@ def _ballot(agent: str, vote: Message) -> Ballot:
     )
 
 
-def check_models(place: Place, found: Explanation, settings: Settings) -> list[Check]:
+def check_models(place: Place, found: Explanation, settings: Settings, outline: Outline) -> list[Check]:
     """Each model's outputs, action and confidence again, from the recorded features."""
-    shelf = Shelf(settings.models, load_options(settings), {})
+    shelf = Shelf(settings.models, load_options(settings), outline.hashes)
     history: dict[int, list[Message]] = {}
     checks = []
     for agent, vote in found.votes.items():
@@ -328,7 +354,7 @@ def _history(place: Place, found: Explanation, window: int, feature_set: str) ->
     return rows[::-1]
 
 
-def check_features(place: Place, found: Explanation, settings: Settings) -> Check:
+def check_features(place: Place, found: Explanation, settings: Settings, outline: Outline) -> Check:
     """The features again, from every bar of the series."""
     if found.features is None:
         return Check("features", None, "not recomputed: the feature vector is no longer kept")
@@ -338,15 +364,20 @@ def check_features(place: Place, found: Explanation, settings: Settings) -> Chec
     names = [name for name in found.features["contracts"] if name in FEATURE_SETS]
     bank = FeatureBank([FEATURE_SETS[name] for name in names], settings.warmup_bars)
     intake = Intake(limits_of(settings), reader=FormatReader(rules_of(settings)))
+    left_out = frozenset(outline.left_out)
     bars = 0
     while some := list(islice(entries, PAGE)):
-        accepted = intake.accept(some, LATEST_TS_MS)
+        accepted = intake.accept(some, LATEST_TS_MS, left_out)
         values, _ = bank.update(accepted.rows, accepted.ohlcv, accepted.restart)
         bars += sum(_same_series(bar, found.signal) for bar in accepted.bars)
         for row, bar in enumerate(accepted.bars):
             if bar.bar_id == found.signal["bar_id"]:
                 return _compared(dict(zip(bank.names, values[row].tolist(), strict=True)), found.features, bars)
-    return Check("features", None, "not recomputed: the bar itself is no longer kept")
+    return Check(
+        "features",
+        None,
+        "not recomputed: the bar is not among the accepted bars of the inputs that are read; see --bars",
+    )
 
 
 def _same_series(bar: Bar, signal: Message) -> bool:

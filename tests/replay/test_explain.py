@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,37 @@ def test_the_commands_read_the_keys_that_the_worker_read_unless_others_are_named
         scene.quartet("record", "--out", other, "--until-idle", "0.1", "--json", "--bars", f"{scene.namespace}:bars")
     )
     assert "bars" not in named["entries"]
+
+
+def test_a_bar_refused_by_the_clock_of_then_and_other_settings_here_change_nothing(
+    scene: Scene, tmp_path: Path
+) -> None:
+    """A bar three years ahead was refused as `future`: taken in now, it would make every later bar an old one."""
+    bars = market(1, 90)
+    ahead_ms = (time.time_ns() // 60_000_000_000 + 3 * 365 * 1440) * 60_000
+    bars.insert(60, {**bars[60], b"ts": str(ahead_ms).encode()})
+    scene.feed(bars)
+    scene.work()
+    file = tmp_path / "day.jsonl.zst"
+    scene.record(file)
+    for place in (on_server(scene), RecordedPlace(file)):
+        found = explain(place, scene.settings(intervals=("5m",), warmup_bars={"v3": 60}), None)
+        assert {check.same for check in found.checks} == {True}
+        assert {check.what: check.detail for check in found.checks}[
+            "features"
+        ] == "computed again from 90 bars of the series"
+
+
+def test_a_model_of_the_same_version_with_other_bytes_is_not_taken_for_the_one_that_voted(
+    day: Day, models: Path, tmp_path: Path
+) -> None:
+    scene, file = day
+    other = tmp_path / "models"
+    shutil.copytree(models, other)
+    model = next(other.glob("lightgbm_v*.txt"))
+    model.write_bytes(model.read_bytes() + b"\n")
+    found = explain(RecordedPlace(file), scene.settings(models=other), None)
+    assert {check.what: check.same for check in found.checks}["lightgbm"] is None
 
 
 def test_who_was_left_out_is_told_in_words_with_what_to_do(scene: Scene, models: Path, tmp_path: Path) -> None:
