@@ -9,12 +9,18 @@ from typing import Any
 
 import pytest
 
-from streams.recording import Recorded, Recording
+from streams.messages import Entry
+from streams.recording import Recorded, Recording, Writer
 from streams.redis import connect
+from streams.validation import Limits
+from tests.formats.samples import golden
 from tests.replay.scene import Scene
 from worker.errors import UsageError
+from worker.intake import Intake
 from worker.replay.parquet import write_parquet
 from worker.replay.publish import Pace, Timed, publish, read_entries, read_speed
+from worker.settings import Settings
+from worker.testing import Quartet
 from worker.training.bars import read_bars
 
 Day = tuple[Scene, Path]
@@ -99,6 +105,28 @@ def test_the_pace_is_that_of_the_closes(speed: float, expected: list[int]) -> No
     taken = Taken(clock)
     assert publish(taken, "k", entries, Pace(speed, stop=Stop(clock)), lambda _: None, clock) == 4
     assert taken.at == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["cryptofeed-2.4.1", "nautilus-1.221-json"])
+def test_bars_of_other_programs_keep_the_pace_of_their_closes_too(name: str, tmp_path: Path) -> None:
+    """And in memory the clock follows them, so that none is of the future."""
+    file = tmp_path / "other.jsonl.zst"
+    with Writer(file) as writer:
+        writer.header({"id": "x", "part": 1, "namespace": "q", "inputs": [], "positions": {}})
+        for entry in golden(name):
+            writer.add(Recorded("bars", entry.key, entry.id, entry.fields))
+    closes = [timed.closes_ms for timed in read_entries(file)]
+    known = [ms for ms in closes if ms is not None]
+    assert len(set(known)) > 1
+    clock = Clock()
+    taken = Taken(clock)
+    publish(taken, "k", read_entries(file), Pace(1.0, stop=Stop(clock)), lambda _: None, clock)
+    assert max(taken.at) == pytest.approx((max(known) - known[0]) / 1000)
+    made = Quartet(Settings()).add(file)
+    entries = [Entry(made.keys.bars, i, fields) for i, fields in made.streams.after(made.keys.bars, "0-0")]
+    accepted = Intake(Limits()).accept(entries, made.streams.now_ms)
+    assert accepted.bars
+    assert "future" not in {reject.reason for reject in accepted.rejects}
 
 
 def test_a_speed_is_max_or_a_number_above_0() -> None:

@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from streams.formats import recognise
+from streams.formats.times import whole
+from streams.messages import Entry
 from streams.recording import Recorded, Recording, is_recording
-from streams.validation import BadBarError, interval_ms, read_fields
+from streams.validation import BadBarError, interval_ms
 from worker.errors import UsageError
 from worker.training.bars import read_bars
 
@@ -73,9 +76,11 @@ def read_entries(path: Path) -> Iterator[Timed]:
 
 
 def _closes_ms(item: Recorded) -> int | None:
+    """The latest close in an entry of any known format."""
     try:
-        raw = read_fields(item.fields)
-        return int(raw["ts"]) + interval_ms(str(raw.get("interval") or "1m"))
+        _, raws = recognise(Entry(item.key, item.id, item.fields))
+        closes = (whole(raw["ts"], "ts") + interval_ms(str(raw.get("interval") or "1m")) for raw in raws)
+        return max(closes, default=None)
     except (BadBarError, KeyError, TypeError, ValueError):
         return None
 
