@@ -14,6 +14,7 @@ from streams.recording import Recorded, Recording, Writer
 from streams.redis import connect
 from streams.validation import Limits
 from tests.formats.samples import golden
+from tests.helpers import quartet
 from tests.replay.scene import Scene
 from worker.errors import UsageError
 from worker.intake import Intake
@@ -34,6 +35,14 @@ def test_a_recording_is_published_byte_for_byte(day: Day, valkey: str, namespace
         published = [fields for _, fields in client.xrange(f"{namespace}:again")]
     assert told["published"] == len(recorded)
     assert published == recorded
+
+
+def test_a_recording_of_several_keys_is_not_mixed_into_one_unasked(tmp_path: Path) -> None:
+    file = tmp_path / "two.jsonl.zst"
+    Writer.begin(file, {"id": "x", "part": 1, "namespace": "q", "inputs": ["a", "b"], "positions": {}}).close()
+    done = quartet("replay", file, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "bars of 2 keys (a, b); name the one stream that all of them go to with --bars-key" in done.stderr
 
 
 def test_training_reads_the_accepted_bars_of_a_recording_and_its_parquet(day: Day, tmp_path: Path) -> None:
