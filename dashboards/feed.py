@@ -53,7 +53,7 @@ def board() -> Board:
                 "Time since a bar arrived.",
                 [Query("time() - max(quartet_last_bar_timestamp_seconds > 0)", "age")],
                 unit="s",
-                steps=((None, GREEN), (90, YELLOW), (180, RED)),
+                steps=((None, BLUE),),
                 see=FRESH,
             ),
         ),

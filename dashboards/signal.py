@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dashboards.board import Board, Row
-from dashboards.panels import GREEN, PLAIN, RED, YELLOW, Query, chart, figure, share, states
+from dashboards.panels import BLUE, GREEN, PLAIN, RED, YELLOW, Query, chart, figure, share, states
 from worker.quality import EnsembleLimits
 
 READING = "Reading the signal"
@@ -56,10 +56,10 @@ def board() -> Board:
             4,
             figure(
                 "Age of the last bar",
-                "Time since a bar of the shortest interval arrived. Readiness fails past 3; choose the interval above.",
+                "Time since a bar of the shortest interval arrived; no colour: an interval may be a minute or a day.",
                 [Query(AGE, "age")],
                 unit="s",
-                steps=((None, GREEN), (90, YELLOW), (180, RED)),
+                steps=((None, BLUE),),
                 see="QuartetNoFreshBar",
             ),
         ),
