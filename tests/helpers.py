@@ -39,7 +39,7 @@ def answers(url: str) -> bool:
             return False
 
 
-def wait_for(condition: Callable[[], bool], limit_s: float = 30.0) -> None:
+def wait_for(condition: Callable[[], bool], limit_s: float = 120.0) -> None:
     """Return once `condition` holds; fail after `limit_s`, far above what is ever needed."""
     deadline = time.monotonic() + limit_s
     while not condition():

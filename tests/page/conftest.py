@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import redis
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
 from streams import embedded
 from streams.keys import Keys
@@ -34,6 +34,8 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
 Fields = dict[str, str]
+
+expect.set_options(timeout=60_000)  # far above what is ever needed
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ def test_new_bars_appear_without_a_reload(page: Page, live: Scene) -> None:
     requests: list[str] = []
     page.on("request", lambda request: requests.append(request.url))
     live.publish(2)
-    expect(page.locator("#table tbody tr")).to_have_count(before + 2, timeout=15_000)
+    expect(page.locator("#table tbody tr")).to_have_count(before + 2, timeout=60_000)
     last = live.messages(live.keys.signals, SYMBOL)[-1]
     newest = page.locator("#table tbody tr").first
     expect(newest).to_have_attribute("data-ts", str(last["ts"]))
@@ -82,7 +82,7 @@ def test_a_bar_that_is_rejected_now_is_listed_now(page: Page, live: Scene) -> No
     before = page.locator("#notes li[data-kind=rejected]").count()
     live.client.xadd(live.keys.bars, {"symbol": SYMBOL, "ts": "yesterday", "open": "1"})
     live.published += 1
-    expect(page.locator("#notes li[data-kind=rejected]")).to_have_count(before + 1, timeout=15_000)
+    expect(page.locator("#notes li[data-kind=rejected]")).to_have_count(before + 1, timeout=60_000)
 
 
 def test_what_the_streams_say_is_shown_as_text_and_never_as_markup(page: Page, live: Scene) -> None:
@@ -96,7 +96,7 @@ def test_what_the_streams_say_is_shown_as_text_and_never_as_markup(page: Page, l
     live.client.xadd(live.keys.rejected, dict(zip(flat[::2], flat[1::2], strict=True)))  # type: ignore[arg-type]
     live.published += 1
     muted = page.locator("#notes li[data-kind=agent_muted]").first
-    expect(muted).to_contain_text(f"{script} nhits agent muted: dead_zone {image}", timeout=15_000)
+    expect(muted).to_contain_text(f"{script} nhits agent muted: dead_zone {image}", timeout=60_000)
     expect(page.locator("#notes li[data-kind=rejected]").first).to_contain_text(f"open is {image}")
     page.locator("#chart").focus()
     page.keyboard.press("End")
@@ -159,7 +159,7 @@ def test_an_address_with_a_symbol_that_cannot_be_says_so_until_another_is_chosen
 ) -> None:
     page.goto(f"{live.url}/#{address}")
     connection = page.locator("#connection")
-    expect(connection).to_contain_text(why, timeout=15_000)
+    expect(connection).to_contain_text(why, timeout=60_000)
     expect(page.locator("h1")).to_contain_text("4 configured")
     requests: list[str] = []
     page.on("request", lambda request: requests.append(request.url))
@@ -167,7 +167,7 @@ def test_an_address_with_a_symbol_that_cannot_be_says_so_until_another_is_chosen
     assert requests == [], "asking again would not help"
     expect(connection).to_contain_text(why)
     page.evaluate("window.location.hash = 'SYN02|1m'")
-    expect(page.locator("#chart")).to_have_attribute("data-symbol", "SYN02 1m", timeout=15_000)
+    expect(page.locator("#chart")).to_have_attribute("data-symbol", "SYN02 1m", timeout=60_000)
     expect(connection).to_have_text("live")
 
 
@@ -179,17 +179,17 @@ def test_a_warm_up_is_counted_and_a_restarted_worker_is_found_again(
         page.goto(scene.url)
         expect(page.locator("#decision")).to_have_text("No signal yet: no bar has come in.")
         scene.publish(37)
-        expect(page.locator("#decision")).to_have_text("no signal yet: warming up (37 of 100 bars)", timeout=15_000)
+        expect(page.locator("#decision")).to_have_text("no signal yet: warming up (37 of 100 bars)", timeout=60_000)
         expect(page.locator("h1")).to_have_text("4 configured · 4 loaded")
         expect(page.locator("#progress")).to_contain_text("SYN01: no signal yet: warming up (37 of 100 bars)")
         process.terminate()
         assert process.wait(30) == 0, "an open page does not keep the worker from its end"
-        expect(page.locator("#connection")).to_contain_text("reconnecting since", timeout=15_000)
+        expect(page.locator("#connection")).to_contain_text("reconnecting since", timeout=60_000)
     with worker(valkey, namespace, models, tmp_path / "second", port) as (_, again):
         expect(page.locator("#connection")).to_contain_text("the worker restarted", timeout=30_000)
         again.minutes, again.published = market()[37:], scene.published
         again.publish(64)
-        expect(page.locator("h1")).to_have_text("4 configured · 4 loaded · 2 voting", timeout=15_000)
+        expect(page.locator("h1")).to_have_text("4 configured · 4 loaded · 2 voting", timeout=60_000)
         expect(page.locator("#progress")).to_be_empty()
 
 
