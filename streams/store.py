@@ -135,7 +135,7 @@ class Batch:
 
     entries: Sequence[Entry]
     facts: Mapping[str, StreamFacts]
-    now_ms: int | None = None
+    now_ms: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

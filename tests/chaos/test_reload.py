@@ -136,7 +136,8 @@ def test_kills_in_mid_reload_leave_one_switch(reloading, newer, valkey):
         before = one.progress()
         one.feed(ENTRIES[fed : fed + 24], fed)
         fed += 24
-        until(lambda before=before: one.progress() > before, life)
+        if pending >= 2:  # the first two are killed while they start, which no machine is too fast for
+            until(lambda before=before: one.progress() > before, life)
         time.sleep(pending * 0.04 + rng.random() * 0.04)
         life.kill()
         if events(one, "reload"):

@@ -205,7 +205,9 @@ def test_a_wrong_password_is_one_line_and_exit_code_3(
     url = guarded("worker").replace(PASSWORDS["worker"], "wrong")
     done = quartet("run", "--redis", url, "--models", models, "--http-port", "0", cwd=tmp_path)
     assert done.returncode == 3
-    assert done.stderr.splitlines()[-1].startswith("error: Redis refused the login")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: Redis at redis://")
+    assert "refused the login" in last
     assert "wrong@" not in done.stderr
 
 
