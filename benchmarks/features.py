@@ -1,6 +1,6 @@
 """What the features of one bar cost: the kernel at several batch sizes against pandas over 200 bars.
 
-    python benchmarks/features.py [--json] [--seconds 0.5]
+    python -m benchmarks.features [--json] [--seconds 0.5]
 
 Microseconds a bar are medians of several rounds and depend on the machine; the ratios, taken in the
 same run, depend on it less.
@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable
-from statistics import median
 
 import numpy as np
 import pandas as pd
 
+from benchmarks.machine import microseconds
 from streams.contracts import V3, V6, FeatureSet
 from worker.features.bank import FeatureBank
 
 WINDOW = 200
 SERIES = 256
-ROUNDS = 5
 
 
 def walk(n: int) -> np.ndarray:
@@ -65,19 +62,6 @@ def with_pandas(frame: pd.DataFrame) -> dict[str, float]:
         "momentum_20": c.pct_change(20),
     }
     return {name: float(column.iloc[-1]) for name, column in columns.items()}
-
-
-def microseconds(call: Callable[[], object], seconds: float) -> float:
-    """Median over the rounds of the mean time of a call."""
-    call()
-    rounds = []
-    for _ in range(ROUNDS):
-        calls, started = 0, time.perf_counter()
-        while time.perf_counter() - started < seconds / ROUNDS:
-            call()
-            calls += 1
-        rounds.append((time.perf_counter() - started) / calls * 1e6)
-    return median(rounds)
 
 
 def kernel(sets: tuple[FeatureSet, ...], batch: int, seconds: float, *, store: bool) -> float:
