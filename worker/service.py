@@ -45,6 +45,9 @@ from worker.voting import Seat
 WAIT_S = 0.25
 STANDBY_POLL_S = 0.2
 LONGEST_BACKOFF_S = 2.0
+LAST_TRIES_S = 1.0
+"""How long a worker that is told to stop goes on trying to reach the server."""
+LAST_PAUSE_S = 0.1
 LEVELS_EVERY_S = 2.0
 POISON_DEATHS = 3
 SHOWN_KEYS = 5
@@ -147,7 +150,7 @@ class Worker:
                 if lease.lost.is_set():
                     raise FencedError(lease.why)
                 self._turn()
-            self.store.release()
+            self._reaching(self.store.release)
         finally:
             self.notifier.stopping()
             self.steering.close()
@@ -484,8 +487,8 @@ class Worker:
     # ------------------------------------------------------------------ outages
 
     def _reaching(self, call: Callable[[], Any], *, committing: bool = False) -> Any:
-        """Call until the server answers; gives up only when the worker is told to stop."""
-        pause_s = 0.05
+        """Call until the server answers; a worker that is told to stop gives up soon, though not at one lost reply."""
+        pause_s, give_up_at = 0.05, None
         while True:
             self._beat()
             try:
@@ -493,7 +496,11 @@ class Worker:
             except StoreUnavailableError as error:
                 self._note_outage(error, committing=committing)
                 if self.options.stop.wait(pause_s):
-                    raise
+                    now = time.monotonic()
+                    give_up_at = give_up_at or now + LAST_TRIES_S
+                    if now >= give_up_at:
+                        raise
+                    time.sleep(LAST_PAUSE_S)
                 pause_s = min(2 * pause_s, LONGEST_BACKOFF_S)
             except FencedError:
                 if committing:

@@ -195,6 +195,21 @@ def test_commits_whose_replies_are_lost_are_counted_and_change_nothing(stage, ca
         assert_same(chain.outputs(), calm[0])
 
 
+def test_a_worker_told_to_stop_gives_up_on_a_server_that_is_gone_but_not_at_one_lost_reply(stage, tmp_path):
+    with Server("valkey", tmp_path / "server") as server, proxy(server.url) as between:
+        chain = stage(between.url, TREES)
+        chain.feed(ENTRIES[:300])
+        for fate, code in (("cut", 0), ("gone", 3)):
+            life = chain.start()
+            until(lambda life=life: "ensemble ready" in life.text, life)
+            if fate == "cut":
+                between.fault = "cut"
+            else:
+                between.go_away()
+            assert life.terminate() == code, life.text
+        assert "error: Redis is not reachable" in life.text
+
+
 def test_a_server_that_is_not_there_at_the_start_is_one_line_and_exit_code_3(stage):
     life = stage(f"redis://127.0.0.1:{free_port()}/0", TREES).start()
     assert life.wait() == 3
