@@ -128,8 +128,12 @@ class Pipeline:
         *,
         poison: frozenset[tuple[str, str]] = frozenset(),
         stopwatch: Stopwatch = nullcontext,
+        keep: bool = True,
     ) -> Result:
-        """One batch of input entries. `now_ms` judges lateness and bars from the future, never values."""
+        """One batch of input entries. `now_ms` judges lateness and bars from the future, never values.
+
+        Without `keep` the result has no state: for a caller who will never restore one.
+        """
         with stopwatch("intake"):
             accepted = self.intake.accept(entries, now_ms, poison)
         with stopwatch("features"):
@@ -143,7 +147,7 @@ class Pipeline:
             signals = self._decide(vectors, ballots)
             verdicts = _bar_by_bar(vectors, [*verdicts, *self._look_back(vectors, ballots, signals)])
         with stopwatch("pack"):
-            state, drops = self._changes(accepted.rows)
+            state, drops = self._changes(accepted.rows) if keep else ({}, [])
         return Result(accepted, vectors, ballots, signals, state, [*accepted.events, *verdicts], drops)
 
     def _compute(self, accepted: Accepted) -> Vectors:

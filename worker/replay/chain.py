@@ -117,6 +117,7 @@ class Chain:
         self._applied = self._settings(start)
         self.shelf = Shelf(self.settings.models, load_options(self._applied), self.outline.hashes)
         self._steps = steps_in_order(self.outline)
+        self._left_out = frozenset(self.outline.left_out)
         self._state: State = defaultdict(dict)
         self._batches = 0
         self.pipeline = self._make(self._first_seats(start))
@@ -125,6 +126,11 @@ class Chain:
     def recorded(self) -> frozenset[str]:
         """The agents whose votes are taken over at present."""
         return frozenset(s.seat.agent for s in self.pipeline.voting.stages if isinstance(s, RecordedStage))
+
+    @property
+    def _restarts_ahead(self) -> bool:
+        """Whether the state will be restored once more: packing it for nobody would take time."""
+        return self.restart_every is not None or any(step.kind == "started" for step in self._steps)
 
     def run(self, batch_size: int, stopwatch: Stopwatch = nullcontext) -> Iterator[tuple[Result, frozenset[str]]]:
         """Every batch and the agents that were taken over in it. Cuts where something changed in between."""
@@ -135,7 +141,7 @@ class Chain:
             cut = self._next_cut(held)
             entries, held = held[:cut], held[cut:]
             result = self.pipeline.process(
-                entries, LATEST_TS_MS, poison=frozenset(self.outline.left_out), stopwatch=stopwatch
+                entries, LATEST_TS_MS, poison=self._left_out, stopwatch=stopwatch, keep=self._restarts_ahead
             )
             self._keep(result.state, result.drops)
             yield result, self.recorded
@@ -237,7 +243,8 @@ class Chain:
             self._restart(step)
             return
         self._change(step)
-        self._keep(*self.pipeline.settle())
+        if self._restarts_ahead:
+            self._keep(*self.pipeline.settle())
         self._mind()
 
     def _change(self, step: Step) -> None:
