@@ -1,0 +1,55 @@
+"""The ground under the Kafka tests: partitions as other clients choose them, and a broker that can go away."""
+
+from __future__ import annotations
+
+import aiokafka.partitioner
+import orjson
+from confluent_kafka import Producer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streams.topics import murmur2, partition_of
+from tests.kafka.cluster import Cluster, by_bar_id, produce, read, write
+
+SYMBOLS = st.from_regex(r"[A-Za-z0-9._:/-]{1,64}", fullmatch=True)
+
+
+@given(SYMBOLS, st.integers(1, 500))
+def test_the_partition_is_that_of_the_clients_own_default_partitioner(symbol: str, partitions: int) -> None:
+    key = symbol.encode()
+    assert murmur2(key) == aiokafka.partitioner.murmur2(key)
+    every = list(range(partitions))
+    assert partition_of(symbol, partitions) == aiokafka.partitioner.DefaultPartitioner()(key, every, every)
+
+
+def test_a_keyed_record_of_another_client_lands_in_the_same_partition(cluster: Cluster, namespace: str) -> None:
+    topics = cluster.create(namespace, 7)
+    producer = Producer({"bootstrap.servers": cluster.bootstrap, "partitioner": "murmur2"})
+    symbols = [f"SYM{i}/USDT" for i in range(60)]
+    for symbol in symbols:
+        producer.produce(topics.bars, orjson.dumps({"symbol": symbol}), key=symbol)
+    assert producer.flush(120) == 0
+    found = {one["symbol"]: p for p, objects in enumerate(read(cluster, topics.bars)) for one in objects}
+    assert found == {symbol: partition_of(symbol, 7) for symbol in symbols}
+    assert set(found.values()) == set(range(7))
+
+
+def test_what_is_produced_comes_back_in_order_and_without_doubles(cluster: Cluster, namespace: str) -> None:
+    topics = cluster.create(namespace, 4)
+    bars = [{"symbol": f"S{n}", "ts": 60_000 * t, "close": t + n / 10} for t in range(50) for n in range(9)]
+    produce(cluster, topics.bars, bars, 4, pack=16)
+    produce(cluster, topics.bars, bars[:20], 4)
+    for partition, objects in enumerate(read(cluster, topics.bars)):
+        ours = [bar for bar in bars if partition_of(bar["symbol"], 4) == partition]
+        again = [bar for bar in bars[:20] if partition_of(bar["symbol"], 4) == partition]
+        assert objects == ours + again
+    assert list(by_bar_id(cluster, topics.bars).values()) == sorted(bars, key=lambda b: partition_of(b["symbol"], 4))
+
+
+def test_what_was_written_outlives_a_broker_that_was_away(cluster: Cluster, namespace: str) -> None:
+    topics = cluster.create(namespace, 2)
+    write(cluster, topics.bars, [(1, b'{"n":1}')])
+    cluster.down()
+    cluster.up()
+    write(cluster, topics.bars, [(1, b'{"n":2}')])
+    assert read(cluster, topics.bars) == [[], [{"n": 1}, {"n": 2}]]
