@@ -5,7 +5,7 @@ from __future__ import annotations
 import aiokafka.partitioner
 import orjson
 from confluent_kafka import Producer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streams.topics import murmur2, partition_of
@@ -14,6 +14,7 @@ from tests.kafka.cluster import Cluster, by_bar_id, produce, read, write
 SYMBOLS = st.from_regex(r"[A-Za-z0-9._:/-]{1,64}", fullmatch=True)
 
 
+@settings(deadline=None)
 @given(SYMBOLS, st.integers(1, 500))
 def test_the_partition_is_that_of_the_clients_own_default_partitioner(symbol: str, partitions: int) -> None:
     key = symbol.encode()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 
+import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streams.records import pack, unpack
@@ -27,15 +27,16 @@ def test_a_namespace_that_kafka_does_not_allow_is_named() -> None:
         Topics("caf\u00e9")
 
 
-@given(st.lists(JSON_OBJECTS, max_size=30), st.integers(1, 9), st.integers(400, 2_000))
+@settings(max_examples=60, deadline=None)
+@given(st.lists(JSON_OBJECTS, max_size=12), st.integers(1, 9), st.integers(40, 400))
 def test_packed_objects_come_out_in_order_within_both_limits(objects: list[object], limit: int, cap: int) -> None:
-    encoded = [json.dumps(one).encode() for one in objects]
+    encoded = [orjson.dumps(one) for one in objects]
     if any(len(one) > cap for one in encoded):
         with pytest.raises(ValueError, match="does not fit"):
             pack(encoded, limit, cap)
         return
     values = pack(encoded, limit, cap)
-    assert [json.loads(one) for value in values for one in unpack(value)] == objects
+    assert [orjson.loads(one) for value in values for one in unpack(value)] == objects
     sizes = [len(unpack(value)) for value in values]
     assert all(1 <= size <= limit for size in sizes)
     assert all(len(value) <= cap for value in values)
