@@ -100,7 +100,7 @@ def models_alone(file: Path, settings: Settings, models: dict[str, Model]) -> fl
     total = 0.0
     source = Source(Recording(file))
     while entries := source.entries(BATCH):
-        vectors = pipeline._compute(pipeline.intake.accept(entries, LATEST_TS_MS))  # noqa: SLF001
+        vectors = pipeline.features.process(entries, LATEST_TS_MS)
         began = time.perf_counter()
         pipeline.voting.vote(vectors)
         total += time.perf_counter() - began

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streams.messages import AgentState
+from streams.messages import AgentState, Bar
 from worker.intake import Accepted
 
 STATES = tuple(AgentState)
 """The codes of agent states in arrays are the places in this tuple."""
 
 STATE_CODE = {state: code for code, state in enumerate(STATES)}
+
+State = Mapping[str, Mapping[bytes, bytes]]
+"""Stored state: part to its fields."""
+
+Fields = list[tuple[bytes, bytes]]
+"""What to store of one part."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,31 @@ class Vectors:
     ready: Mapping[str, NDArray[np.bool_]]
     index: NDArray[np.int64]
     leaves: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def bars(self) -> list[Bar]:
+        """The bars that are voted on, `R` of them."""
+        return [self.accepted.bars[i] for i in self.index]
+
+    @property
+    def voted_ids(self) -> list[str]:
+        """The IDs of the votes and signals, those of their vectors."""
+        return [self.accepted.ids[i] for i in self.index]
+
+    def columns(self, names: Sequence[str]) -> NDArray[np.float64]:
+        """The values `[N, C]` under these names; NaN where nothing computes them."""
+        known = {name: place for place, name in enumerate(self.names)}
+        if all(name in known for name in names):
+            return self.values[:, [known[name] for name in names]]
+        columns = np.full((len(self.values), len(names)), np.nan)
+        for place, name in enumerate(names):
+            if name in known:
+                columns[:, place] = self.values[:, known[name]]
+        return columns
+
+    def ready_of(self, feature_set: str) -> NDArray[np.bool_]:
+        """Which rows `[N]` have this set; none where nothing computes it."""
+        return self.ready.get(feature_set, np.zeros(len(self.values), np.bool_))
 
 
 @dataclass(frozen=True)

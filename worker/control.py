@@ -1,7 +1,7 @@
 """Operators' orders: what an entry of `quartet:control` may say, and what it does between two batches.
 
 An order is one field `data`, a JSON object: `order`, and as it needs `agent`, `file`, `sha256`, `by`.
-Everything here is pure but for the pipeline that it changes; loading is `worker.reload`'s.
+Everything here is pure but for the agents that it changes; loading is `worker.reload`'s.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import orjson
 from agents.agent import Model
 from agents.artifacts import Loading
 from streams.messages import AGENTS, CANARY, AgentState, Entry, Event, Reason
-from worker.pipeline import WAITING, Pipeline
 from worker.roster import Artifact
+from worker.stages.agents import WAITING, AgentGroup
 
 STAGE, REASON = "control", "order"
 """Stage and reason of a rejected order."""
@@ -101,29 +101,29 @@ def refused(order: Order, agent: str, reason: str, detail: str, evidence: Mappin
     return Event("order_refused", agent=agent, reason=reason, detail=detail, evidence=told)
 
 
-def mute(pipeline: Pipeline, order: Order) -> Event:
+def mute(group: AgentGroup, order: Order) -> Event:
     """From now on the agent computes without weight, until an operator says otherwise."""
-    pipeline.safeguard.mute(order.agent)
+    group.safeguard.mute(order.agent)
     detail = f"muted until `quartet models unmute {order.agent}`"
     return Event(
         "agent_muted", agent=order.agent, reason=str(Reason.OPERATOR), detail=detail, evidence=order.evidence()
     )
 
 
-def unmute(pipeline: Pipeline, order: Order) -> Event:
+def unmute(group: AgentGroup, order: Order) -> Event:
     """The agent votes again, from an empty window, with its re-admissions given back."""
-    _, why = pipeline.safeguard.status(order.agent, AgentState.ACTIVE)
+    _, why = group.safeguard.status(order.agent, AgentState.ACTIVE)
     if why is None:
         return refused(order, order.agent, "not_muted", f"{order.agent} is not muted")
-    pipeline.safeguard.unmute(order.agent)
+    group.safeguard.unmute(order.agent)
     detail = f"it was muted for {why}; its window starts anew"
     evidence = {**order.evidence(), "was": why}
     return Event("agent_readmitted", agent=order.agent, reason=str(Reason.OPERATOR), detail=detail, evidence=evidence)
 
 
-def begin_trial(pipeline: Pipeline, order: Order, loading: Loading) -> Event:
+def begin_trial(group: AgentGroup, order: Order, loading: Loading) -> Event:
     """Put a version beside the running one, if it is the very file that was ordered and nothing is there yet."""
-    trial = pipeline.records[order.agent].trial
+    trial = group.records[order.agent].trial
     if trial is not None:
         detail = (
             f"{trial.artifact.version} is already a {trial.kind} beside {order.agent}: "
@@ -135,30 +135,30 @@ def begin_trial(pipeline: Pipeline, order: Order, loading: Loading) -> Event:
     if loading.model.sha256 != order.sha256:
         detail = f"{order.file} has sha256 {loading.model.sha256[:12]}, ordered was {order.sha256[:12]}: order again"
         return refused(order, order.agent, "file_changed", detail, {"file": order.file})
-    if Artifact.of(loading.model).is_same(pipeline.records[order.agent].artifact):
+    if Artifact.of(loading.model).is_same(group.records[order.agent].artifact):
         detail = f"{loading.model.version} is what serves, with the same scaler and metadata: name another version"
         return refused(order, order.agent, "same_artifact", detail, {"file": order.file})
     kind = AgentState(order.order)
-    pipeline.begin_trial(order.agent, loading.model, kind)
-    share = f"with {pipeline.canary_share:.0%} of the weight" if kind is AgentState.CANARY else "with weight 0"
+    group.begin_trial(order.agent, loading.model, kind)
+    share = f"with {group.canary_share:.0%} of the weight" if kind is AgentState.CANARY else "with weight 0"
     detail = (
         f"{loading.model.version} beside the running one {share}; "
-        f"any violation within {pipeline.canary_period_ms / 3_600_000:g} hours of bars rolls it back"
+        f"any violation within {group.canary_period_ms / 3_600_000:g} hours of bars rolls it back"
     )
-    evidence = {**order.evidence(), **Artifact.of(loading.model).evidence(), "weight": pipeline.canary_share}
+    evidence = {**order.evidence(), **Artifact.of(loading.model).evidence(), "weight": group.canary_share}
     if kind is AgentState.SHADOW:
         evidence["weight"] = 0.0
     return Event(f"{kind}_started", agent=order.agent + CANARY, detail=detail, evidence=evidence)
 
 
-def promote(pipeline: Pipeline, order: Order) -> Event:
+def promote(group: AgentGroup, order: Order) -> Event:
     """The version beside the running one takes its seat, if the gate passes with at least 200 votes."""
-    agent, record = order.agent, pipeline.records[order.agent]
+    agent, record = order.agent, group.records[order.agent]
     if record.trial is None:
         return refused(order, agent, "no_trial", f"nothing runs beside {agent}: `quartet models canary {agent} FILE`")
     canary = agent + CANARY
-    quality = pipeline.safeguard.quality(canary)
-    _, muted = pipeline.safeguard.status(canary, AgentState.CANARY)
+    quality = group.safeguard.quality(canary)
+    _, muted = group.safeguard.status(canary, AgentState.CANARY)
     evidence = {
         **record.trial.artifact.evidence(),
         "votes": quality.votes,
@@ -172,7 +172,7 @@ def promote(pipeline: Pipeline, order: Order) -> Event:
         detail = f"the gate needs {GATE_VOTES} votes, {canary} has {quality.votes}: wait for more bars"
         return refused(order, agent, "insufficient", detail, evidence)
     replaces = record.artifact.evidence() if record.artifact else {}
-    pipeline.promote(agent)
+    group.promote(agent)
     detail = f"{record.trial.artifact.version} takes the seat; `quartet models rollback {agent}` takes it back; "
     detail += WAITING.format(agent)
     return Event(
@@ -180,51 +180,51 @@ def promote(pipeline: Pipeline, order: Order) -> Event:
     )
 
 
-def end_trial(pipeline: Pipeline, order: Order) -> Event:
+def end_trial(group: AgentGroup, order: Order) -> Event:
     """Take the canary or shadow away."""
-    trial = pipeline.records[order.agent].trial
+    trial = group.records[order.agent].trial
     assert trial is not None  # noqa: S101 - the caller has seen it
-    pipeline.end_trial(order.agent)
+    group.end_trial(order.agent)
     detail = f"the {trial.kind} {trial.artifact.version} is taken away; the running version stays; "
     detail += WAITING.format(order.agent)
     evidence = {**order.evidence(), **trial.artifact.evidence(), "since": trial.since, "kind": str(trial.kind)}
     return Event("rolled_back", agent=order.agent + CANARY, reason="operator", detail=detail, evidence=evidence)
 
 
-def go_back(pipeline: Pipeline, order: Order, loading: Loading | None) -> Event:
+def go_back(group: AgentGroup, order: Order, loading: Loading | None) -> Event:
     """Serve the artifact that served before, and keep it until an operator reloads the agent."""
     if loading is None:
         detail = f"nothing served before and nothing runs beside {order.agent}: there is nothing to go back to"
         return refused(order, order.agent, "nothing_before", detail)
     if loading.model is None:
         return refused(order, order.agent, *_why(loading))
-    replaced = pipeline.records[order.agent].artifact
-    pipeline.install(order.agent, loading.model, pinned=True)
+    replaced = group.records[order.agent].artifact
+    group.install(order.agent, loading.model, pinned=True)
     detail = f"{loading.model.version} serves again; {WAITING.format(order.agent)}"
     evidence = {**order.evidence(), **_swap(loading.model, replaced)}
     return Event("rolled_back", agent=order.agent, reason="operator", detail=detail, evidence=evidence)
 
 
-def reload(pipeline: Pipeline, loading: Loading, order: Order | None) -> Event:
+def reload(group: AgentGroup, loading: Loading, order: Order | None) -> Event:
     """Swap in what was loaded, or say why the running one is kept. Without an order the folder was looked at."""
     agent = loading.agent
-    replaced = pipeline.records[agent].artifact
+    replaced = group.records[agent].artifact
     told: dict[str, Any] = {} if order is None else dict(order.evidence())
     if loading.model is None:
         reason, detail = _why(loading)
-        kept = f"{replaced.version} serves on" if pipeline.voting.serves(agent) and replaced else "no model serves"
+        kept = f"{replaced.version} serves on" if group.voting.serves(agent) and replaced else "no model serves"
         if loading.candidate is not None:
             told["file"] = str(loading.candidate.file)
         return Event("reload_refused", agent=agent, reason=reason, detail=f"{detail}; {kept}", evidence=told)
-    pipeline.install(agent, loading.model, pinned=False)
+    group.install(agent, loading.model, pinned=False)
     what = Artifact.of(loading.model).change(replaced)
     detail = "; ".join(part for part in (what, loading.model.detail, loading.note) if part)
     return Event("reload", agent=agent, detail=detail, evidence={**told, **_swap(loading.model, replaced)})
 
 
-def skipped(pipeline: Pipeline, agent: str, order: Order) -> Event:
+def skipped(group: AgentGroup, agent: str, order: Order) -> Event:
     """A reload of all leaves out an agent that was promoted or rolled back."""
-    artifact = pipeline.records[agent].artifact
+    artifact = group.records[agent].artifact
     serves = artifact.version if artifact else "nothing"
     detail = f"it is pinned to {serves} by a promotion or rollback: `quartet models reload {agent}` takes the newest"
     return Event("reload_skipped", agent=agent, reason="pinned", detail=detail, evidence=order.evidence())

@@ -92,7 +92,7 @@ class Safeguard:
     def watch(self, vectors: Vectors, ballots: Sequence[Ballot]) -> tuple[list[Ballot], list[Event]]:
         """The ballots with the state and reason of every row, and what was decided on the way, bar by bar."""
         inputs = {ballot.features: _fingerprints(vectors, ballot.features) for ballot in ballots}
-        bars = [vectors.accepted.bars[i] for i in vectors.index]
+        bars = vectors.bars
         ts = np.array([bar.ts for bar in bars], np.int64)
         judged: list[Ballot] = []
         self._votes.clear()
@@ -284,8 +284,7 @@ def fingerprint(values: NDArray[np.float64]) -> int:
 
 def _fingerprints(vectors: Vectors, features: tuple[str, ...]) -> NDArray[np.int64]:
     """Of each voted row the fingerprint of what a model reads; of all values where it names none."""
-    columns = [vectors.names.index(name) for name in features or vectors.names]
-    read = vectors.values[vectors.index[:, None], columns]
+    read = vectors.columns(features or vectors.names)[vectors.index]
     return np.array([fingerprint(row) for row in read], np.int64)
 
 

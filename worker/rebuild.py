@@ -42,7 +42,7 @@ def rebuild(
         bars += len(result.accepted)
         for part, changed in result.state.items():
             fields[part].update(changed)
-    fields["agents"].update(pipeline.agent_changes())
+    fields["agents"].update(pipeline.agents.record_changes())
     return Rebuilt(bars, missing, {part: list(found.items()) for part, found in fields.items()})
 
 

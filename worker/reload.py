@@ -16,8 +16,8 @@ from agents.discovery import PREFIXES, candidate_of, ranks_above
 from streams.messages import Entry, Event, Reason, Reject
 from worker import control
 from worker.control import BadOrderError, Order
-from worker.pipeline import Pipeline
 from worker.roster import Artifact, Record
+from worker.stages.agents import AgentGroup
 from worker.voting import compute_alone
 
 Listing = tuple[tuple[str, int, int], ...]
@@ -204,90 +204,90 @@ class Steering:
         """As the order, without an entry of the stream: for a signal."""
         self._queue.append(Pending(None, Order("reload", by=by)))
 
-    def look(self, pipeline: Pipeline) -> None:
+    def look(self, group: AgentGroup) -> None:
         """Look at the folder, in the background; what is new is loaded there."""
         if self._look is None and self._watcher is not None:
-            self._look = self._threads.submit(self._look_now, self._watcher, watched(pipeline))
+            self._look = self._threads.submit(self._look_now, self._watcher, watched(group))
 
     def _look_now(self, watcher: Watcher, serving: Mapping[str, str]) -> list[Loading]:
         return [_loaded(partial(self.shelf.newest, agent), agent) for agent in watcher.look(serving)]
 
-    def take(self, pipeline: Pipeline) -> Steered:
-        """Change the pipeline by all that is ready, in order; between two batches only."""
+    def take(self, group: AgentGroup) -> Steered:
+        """Change the agents by all that is ready, in order; between two batches only."""
         steered = Steered()
-        while self._queue and (done := self._attempt(self._queue[0], pipeline)) is not None:
+        while self._queue and (done := self._attempt(self._queue[0], group)) is not None:
             self._queue.popleft()
             steered += done
         if self._look is not None and self._look.done():
             found, self._look = self._look.result(), None
-            steered += Steered(events=self._found(pipeline, found))
+            steered += Steered(events=self._found(group, found))
         return steered
 
-    def _found(self, pipeline: Pipeline, found: Sequence[Loading]) -> list[Event]:
+    def _found(self, group: AgentGroup, found: Sequence[Loading]) -> list[Event]:
         """Swap in what the folder has brought; an agent that was pinned meanwhile, or the same bytes, stay."""
-        free = watched(pipeline)
-        changed = [x for x in found if x.agent in free and not _serves(pipeline, x)]
-        return [control.reload(pipeline, loading, None) for loading in changed]
+        free = watched(group)
+        changed = [x for x in found if x.agent in free and not _serves(group, x)]
+        return [control.reload(group, loading, None) for loading in changed]
 
-    def _attempt(self, pending: Pending, pipeline: Pipeline) -> Steered | None:
+    def _attempt(self, pending: Pending, group: AgentGroup) -> Steered | None:
         """Carry out one order; None while its models are being loaded."""
         entries = () if pending.entry is None else (pending.entry,)
         if pending.order is None:
             rejects = [Reject(entry, control.REASON, pending.problem, control.STAGE) for entry in entries]
             return Steered(entries, rejects=rejects)
         if pending.loads is None:
-            pending.loads = self._load(pending.order, pipeline)
+            pending.loads = self._load(pending.order, group)
         if not all(load.done() for load in pending.loads):
             return None
-        events = self._carry_out(pending.order, [load.result() for load in pending.loads], pipeline)
+        events = self._carry_out(pending.order, [load.result() for load in pending.loads], group)
         return Steered(entries, events=events)
 
-    def _load(self, order: Order, pipeline: Pipeline) -> list[Future[Loading]]:
+    def _load(self, order: Order, group: AgentGroup) -> list[Future[Loading]]:
         """Start loading what the order needs."""
-        record = pipeline.records.get(order.agent)
+        record = group.records.get(order.agent)
         calls: list[tuple[str, Callable[[], Loading]]] = []
         if order.order == "reload":
-            calls = [(agent, partial(self.shelf.newest, agent)) for agent in self._reloaded(order, pipeline)]
+            calls = [(agent, partial(self.shelf.newest, agent)) for agent in self._reloaded(order, group)]
         elif order.order in control.TRIALS and record is not None and record.trial is None:
             calls = [(order.agent, partial(self.shelf.named, order.agent, order.file))]
         elif order.order == "rollback" and record is not None and record.trial is None and record.before is not None:
             calls = [(order.agent, partial(self.shelf.exact, order.agent, record.before))]
         return [self._threads.submit(_loaded, call, agent) for agent, call in calls]
 
-    def _reloaded(self, order: Order, pipeline: Pipeline) -> list[str]:
+    def _reloaded(self, order: Order, group: AgentGroup) -> list[str]:
         """The agents that a reload is about: the named one, or all that are not pinned."""
-        return [order.agent] if order.agent else [a for a in self.agents if not pipeline.records[a].pinned]
+        return [order.agent] if order.agent else [a for a in self.agents if not group.records[a].pinned]
 
-    def _carry_out(self, order: Order, loaded: Sequence[Loading], pipeline: Pipeline) -> list[Event]:
+    def _carry_out(self, order: Order, loaded: Sequence[Loading], group: AgentGroup) -> list[Event]:
         if order.order == "reload":
-            events = [control.reload(pipeline, loading, order) for loading in loaded]
+            events = [control.reload(group, loading, order) for loading in loaded]
             left_out = [] if order.agent else [a for a in self.agents if a not in {x.agent for x in loaded}]
-            return [*events, *(control.skipped(pipeline, agent, order) for agent in left_out)]
+            return [*events, *(control.skipped(group, agent, order) for agent in left_out)]
         if order.order in control.TRIALS:
             nothing = Loading(order.agent)
-            return [control.begin_trial(pipeline, order, loaded[0] if loaded else nothing)]
+            return [control.begin_trial(group, order, loaded[0] if loaded else nothing)]
         if order.order == "rollback":
-            if pipeline.records[order.agent].trial is not None:
-                return [control.end_trial(pipeline, order)]
-            return [control.go_back(pipeline, order, loaded[0] if loaded else None)]
+            if group.records[order.agent].trial is not None:
+                return [control.end_trial(group, order)]
+            return [control.go_back(group, order, loaded[0] if loaded else None)]
         act = {"mute": control.mute, "unmute": control.unmute, "promote": control.promote}[order.order]
-        return [act(pipeline, order)]
+        return [act(group, order)]
 
 
-def watched(pipeline: Pipeline) -> dict[str, str]:
+def watched(group: AgentGroup) -> dict[str, str]:
     """The agents that a newer file of the folder may replace, and the file that each serves, if any."""
     return {
-        agent: Path(record.artifact.file).name if record.artifact and pipeline.voting.serves(agent) else ""
-        for agent, record in pipeline.records.items()
+        agent: Path(record.artifact.file).name if record.artifact and group.voting.serves(agent) else ""
+        for agent, record in group.records.items()
         if not record.pinned and record.trial is None
     }
 
 
-def _serves(pipeline: Pipeline, loading: Loading) -> bool:
-    record = pipeline.records[loading.agent]
+def _serves(group: AgentGroup, loading: Loading) -> bool:
+    record = group.records[loading.agent]
     if loading.model is None or record.artifact is None:
         return False
-    return pipeline.voting.serves(loading.agent) and record.artifact.is_same(Artifact.of(loading.model))
+    return group.voting.serves(loading.agent) and record.artifact.is_same(Artifact.of(loading.model))
 
 
 def _loaded(load: Callable[[], Loading], agent: str) -> Loading:

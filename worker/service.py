@@ -33,12 +33,13 @@ from worker.encoding import commit_of, encoded_events
 from worker.http import Condition
 from worker.lease import LeaseKeeper
 from worker.notify import Notifier
-from worker.pipeline import PARTS, AgentReport, Pipeline, trial_seat
+from worker.pipeline import PARTS, Pipeline
 from worker.rebuild import Rebuilt, rebuild
 from worker.reload import Shelf, Steered, Steering
 from worker.roster import Artifact, Record, records_of
 from worker.sensors import Sensors
 from worker.settings import Settings
+from worker.stages.agents import AgentReport, trial_seat
 from worker.status import Status
 from worker.voting import Seat
 
@@ -235,7 +236,7 @@ class Worker:
         self.pipeline.intake.ids.last = snapshot.position.last_output_id
         self._cautious = 0 if self.store.was_clean else self.settings.batch_size
         # Where another artifact serves than before, its window of votes was emptied: both go in one commit.
-        serving = {"agents": self.pipeline.agent_changes(), "quality": self.pipeline.safeguard.changes()}
+        serving = {"agents": self.pipeline.agents.record_changes(), "quality": self.pipeline.safeguard.changes()}
         events = [self._agent_event(loading, records.get(loading.agent, Record())) for loading in self._loadings]
         events += [_trial_event(agent, records[agent], loading) for agent, loading in beside.items()]
         events.append(started(self.settings, self._loadings, self.position))
@@ -379,8 +380,8 @@ class Worker:
             self.steering.reload_all("SIGHUP")
         if self.settings.watch_s and now - self._folder_at >= self.settings.watch_s:
             self._folder_at = now
-            self.steering.look(self.pipeline)
-        return self.steering.take(self.pipeline)
+            self.steering.look(self.pipeline.agents)
+        return self.steering.take(self.pipeline.agents)
 
     def _read_orders(self) -> None:
         key = self.keys.control

@@ -89,8 +89,8 @@ class AgentStage:
         self, model: Model, vectors: Vectors, windows: Mapping[str, Windows]
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         if model.window == 1:
-            columns = np.array([vectors.names.index(name) for name in model.features])
-            return vectors.values[vectors.index[:, None], columns], vectors.ready[model.feature_set][vectors.index]
+            ready = vectors.ready_of(model.feature_set)[vectors.index]
+            return vectors.columns(model.features)[vectors.index], ready
         sequences, full = windows[f"{model.feature_set}/{model.window}"]
         features = FEATURE_SETS[model.feature_set].features
         if model.features == features:
@@ -277,10 +277,13 @@ class VotingStage:
         cut: dict[str, Windows] = {}
         accepted = vectors.accepted
         for name, ring in self._windows.items():
-            columns = [vectors.names.index(feature) for feature in FEATURE_SETS[name].features]
             lengths = self._lengths(name)
             windows, held = ring.push(
-                accepted.rows, vectors.values[:, columns], lengths[-1], accepted.restart, vectors.ready[name]
+                accepted.rows,
+                vectors.columns(FEATURE_SETS[name].features),
+                lengths[-1],
+                accepted.restart,
+                vectors.ready_of(name),
             )
             windows, held = windows[vectors.index], held[vectors.index]
             for length in lengths:

@@ -193,7 +193,7 @@ class Chain:
     def _make(self, seats: Sequence[Seat]) -> Pipeline:
         """A fresh pipeline; a seat whose model is not at hand is taken over."""
         self.pipeline = pipeline_factory(self._applied)(seats)
-        self.pipeline.safeguard = _Watch(self._applied.quality)
+        self.pipeline.agents.safeguard = _Watch(self._applied.quality)
         self.pipeline.intake.stale_bars = self.outline.stale
         for seat in seats:
             if seat.refusal is not None and seat.refusal.detail != _AS_RECORDED:
@@ -222,7 +222,7 @@ class Chain:
             self._applied = self._settings(start)
             trials = [seat for seat in seats if seat.agent.endswith(CANARY)]
             seats = [*self._seats(start), *trials]
-        self._keep({"agents": old.agent_changes()}, ())
+        self._keep({"agents": old.agents.record_changes()}, ())
         pipeline = self._make(seats)
         pipeline.restore(self._state)
         for part in pipeline.unused(self._state):
@@ -271,17 +271,17 @@ class Chain:
         if loading.model is None:
             self._take_over(agent + CANARY)
         else:
-            self.pipeline.begin_trial(agent, loading.model, kind)
+            self.pipeline.agents.begin_trial(agent, loading.model, kind)
 
     def _end_trial(self, agent: str) -> None:
         if self.pipeline.records[agent].trial is not None:
-            self.pipeline.end_trial(agent)
+            self.pipeline.agents.end_trial(agent)
         elif self.pipeline.voting.stage(agent + CANARY) is not None:
             self.pipeline.voting.remove(agent + CANARY)
 
     def _promote(self, agent: str, version: str) -> None:
         if self.pipeline.records[agent].trial is not None and agent not in self.recorded:
-            self.pipeline.promote(agent)
+            self.pipeline.agents.promote(agent)
             return
         self._end_trial(agent)
         self._install(agent, version, pinned=True)
@@ -297,7 +297,7 @@ class Chain:
         if loading.model is None:
             self._take_over(agent)
         else:
-            self.pipeline.install(agent, loading.model, pinned=pinned)
+            self.pipeline.agents.install(agent, loading.model, pinned=pinned)
 
 
 def check_beginning(header: Mapping[str, Any], outline: Outline) -> None:
