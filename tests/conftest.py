@@ -9,18 +9,28 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from streams import embedded
-from tests.helpers import ROOT, answers, free_port, missing, wait_for
+from tests.helpers import LIMIT_S, ROOT, answers, free_port, missing, wait_for
 
 # Compiled kernels are kept between runs and shared by workers and by the programs that tests start.
 os.environ.setdefault("NUMBA_CACHE_DIR", str(ROOT / ".quartet" / "numba"))
 for variable in [name for name in os.environ if name.startswith("QUARTET_") and not name.startswith("QUARTET_TEST_")]:
     del os.environ[variable]
+
+# A shell that runs the suite in the background lets it ignore Ctrl-C, and so would the programs that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples in every run, and no limit on time: `--hypothesis-profile default` looks for new ones.
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("same")
 
 _numbers = itertools.count()
 
@@ -61,7 +71,7 @@ def redis7(tmp_path_factory: pytest.TempPathFactory, needs: Callable[[str], str]
         yield url
     finally:
         child.terminate()
-        child.wait(10)
+        child.wait(LIMIT_S)
 
 
 @pytest.fixture(params=["valkey", "redis7"])

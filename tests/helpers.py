@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -14,6 +16,10 @@ import pytest
 import redis
 
 ROOT = Path(__file__).parent.parent
+LIMIT_S = 120.0
+"""What nothing ever needs, on however busy a machine: whoever waits longer waits for something that hangs."""
+PORTS = range(12_000, 32_000)
+"""Below those that the kernel hands out to whoever asks for any."""
 
 
 def missing(part: str) -> None:
@@ -24,10 +30,12 @@ def missing(part: str) -> None:
 
 
 def free_port() -> int:
-    """A loopback port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A loopback port that is free, and that no other process is given by chance before it is used."""
+    while True:
+        port = random.SystemRandom().choice(PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def answers(url: str) -> bool:
@@ -39,8 +47,8 @@ def answers(url: str) -> bool:
             return False
 
 
-def wait_for(condition: Callable[[], bool], limit_s: float = 120.0) -> None:
-    """Return once `condition` holds; fail after `limit_s`, far above what is ever needed."""
+def wait_for(condition: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
+    """Return once `condition` holds; fail after `limit_s`."""
     deadline = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > deadline:
@@ -55,7 +63,7 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def quartet(
-    *arguments: str | Path, cwd: Path, env: Mapping[str, str] | None = None, timeout_s: float = 120.0
+    *arguments: str | Path, cwd: Path, env: Mapping[str, str] | None = None, timeout_s: float = 3 * LIMIT_S
 ) -> subprocess.CompletedProcess[str]:
     """Run the program to its end, in `cwd`, as a user would."""
     return subprocess.run(

@@ -14,16 +14,21 @@ FAULTS = ("cut", "half_close", "mute", "delay", "torn")
 
 
 class Proxy:
-    """`fault` is what happens to the next reply that comes from the server; then it is None again."""
+    """`fault` is what happens to the next reply that comes from the server; then it is None again.
+
+    With `only` it happens to the next reply to a request that holds these bytes.
+    """
 
     def __init__(self, url: str, delay_s: float = 0.6) -> None:
         self.fault: str | None = None
+        self.only = b""
         self.down = False
         self.lost = 0
         self._target = urlparse(url)
         self._delay_s = delay_s
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._open: set[socket.socket] = set()
+        self._asked: dict[socket.socket, bytes] = {}
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
@@ -52,11 +57,12 @@ class Proxy:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            if self.down:
-                client.close()
-                continue
             upstream = self._connect()
             self._open |= {client, upstream}
+            if self.down:  # looked at once both are among the open ones, which `go_away` ends after it has set this
+                _end(client)
+                _end(upstream)
+                continue
             for source, target, answers in ((client, upstream, False), (upstream, client, True)):
                 threading.Thread(target=self._pump, args=(source, target, answers), daemon=True).start()
 
@@ -70,8 +76,9 @@ class Proxy:
     def _pump(self, source: socket.socket, target: socket.socket, answers: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
-                fault = self.fault if answers else None
-                if fault:
+                if not answers:
+                    self._asked[target] = data
+                elif (fault := self.fault) and self.only in self._asked.get(source, b""):
                     self.fault = None
                     self.lost += 1
                     if not self._fail(fault, data, target):

@@ -195,7 +195,7 @@ class Stage:
         before = self.progress()
         life = self.start(*arguments)
         entries = added(self.url, self.keys.bars)
-        wait_for(lambda: self.progress() > before, 60.0)
+        wait_for(lambda: self.progress() > before)
         time.sleep(rng.random() * 0.02)
         code = life.kill()
         assert code == -signal.SIGKILL, life.text
@@ -210,10 +210,10 @@ def assert_same(found: Outputs, expected: Outputs) -> None:
         assert found[stream] == entries, f"{stream}: different"
 
 
-def until(condition: Callable[[], bool], life: Life, limit_s: float = 60.0) -> None:
+def until(condition: Callable[[], bool], life: Life) -> None:
     """Wait for `condition`; show what the worker said if it does not come."""
     try:
-        wait_for(condition, limit_s)
+        wait_for(condition)
     except BaseException:
         print(life.text)
         raise

@@ -12,6 +12,7 @@ import redis
 
 from tests.chaos.scene import TREES, assert_same, market, until
 from tests.chaos.servers import Server
+from tests.helpers import LIMIT_S
 
 
 def row(**changes: object) -> dict[bytes, bytes]:
@@ -116,7 +117,7 @@ def _url(text: str) -> str | None:
 
 def outcomes(url: str) -> dict[str, int]:
     """`quartet_bars_total` of a running worker."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=5) as answer:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=LIMIT_S) as answer:
         lines = answer.read().decode().splitlines()
     found = [line.split() for line in lines if line.startswith("quartet_bars_total{")]
     return {name.split('"')[1]: int(float(value)) for name, value in found}

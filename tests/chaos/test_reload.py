@@ -18,7 +18,7 @@ import redis
 from streams.keys import Keys
 from streams.messages import AGENTS
 from tests.chaos.scene import TREES, Stage, added, market, until
-from tests.helpers import quartet
+from tests.helpers import LIMIT_S, quartet
 
 NEXT = "v20990101_000000_v3"
 SYMBOLS, BARS = 4, 300
@@ -92,7 +92,8 @@ def assert_one_switch(one: Stage, expected: int = len(ENTRIES)) -> None:
 def order(one: Stage, *words: str | Path) -> tuple[int, list[dict], str]:
     """`quartet models ...`: exit code, the events that answer, and what it said."""
     done = quartet(
-        *("models", *words, "--redis", one.url, "--namespace", one.namespace, "--models", one.models, "--json"),
+        *("models", words[0], "--wait", str(LIMIT_S), *words[1:], "--redis", one.url),
+        *("--namespace", one.namespace, "--models", one.models, "--json"),
         cwd=one.directory,
         env=one.env | {"QUARTET_AGENTS": ",".join(one.agents), "QUARTET_QUORUM": str(min(3, len(one.agents)))},
     )
@@ -138,7 +139,7 @@ def test_kills_in_mid_reload_leave_one_switch(reloading, newer, valkey):
         fed += 24
         if pending >= 2:  # the first two are killed while they start, which no machine is too fast for
             until(lambda before=before: one.progress() > before, life)
-        time.sleep(pending * 0.04 + rng.random() * 0.04)
+        time.sleep(0.04 * 1.3**pending + rng.random() * 0.04)  # in the end long enough for any machine
         life.kill()
         if events(one, "reload"):
             done += 1
@@ -159,7 +160,9 @@ def test_a_refused_file_keeps_the_running_one_and_a_signal_tries_again(reloading
     life = one.start()
     feed_slowly(one, 0, 200)
     torn = one.models / f"xgboost_{NEXT}.ubj"
-    torn.write_bytes((newer / torn.name).read_bytes()[:1000])
+    begun = one.directory / "begun"
+    begun.write_bytes((newer / torn.name).read_bytes()[:1000])
+    begun.rename(torn)  # seen once, not empty at first
     until(lambda: events(one, "reload_refused"), life)
     (event,) = events(one, "reload_refused")
     assert (event["agent"], event["reason"]) == ("xgboost", "corrupt_artifact")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from tests.helpers import environment, quartet
+from tests.helpers import LIMIT_S, environment, quartet
 from worker.cli.app import _COMMANDS, _Later
 
 HEAVY = ("torch", "numba", "xgboost", "lightgbm", "numpy", "redis", "pydantic")
@@ -34,7 +34,7 @@ def test_the_overview_and_the_version_import_nothing_heavy(tmp_path: Path, argum
     )
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60, check=True,
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=LIMIT_S, check=True,
     )  # fmt: skip
     assert done.stdout.splitlines()[-1] == "HEAVY []"
 
@@ -50,7 +50,12 @@ def test_the_overview_lists_every_command_with_its_line(tmp_path: Path) -> None:
 def test_piped_help_has_no_colour(tmp_path: Path) -> None:
     plain = {k: v for k, v in environment().items() if k != "NO_COLOR"}
     done = subprocess.run(
-        [sys.executable, "-m", "worker", "--help"], cwd=tmp_path, env=plain, capture_output=True, timeout=60, check=True
+        [sys.executable, "-m", "worker", "--help"],
+        cwd=tmp_path,
+        env=plain,
+        capture_output=True,
+        timeout=LIMIT_S,
+        check=True,
     )
     assert b"\x1b" not in done.stdout
 

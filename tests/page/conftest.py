@@ -22,7 +22,7 @@ from playwright.sync_api import Browser, expect, sync_playwright
 
 from streams import embedded
 from streams.keys import Keys
-from tests.helpers import ROOT, environment, wait_for
+from tests.helpers import LIMIT_S, ROOT, environment, wait_for
 from worker.training.market import generate
 
 AGENTS = ("xgboost", "lightgbm", "nhits", "patchtst")
@@ -35,7 +35,7 @@ FLAGS = (
 )
 Fields = dict[str, str]
 
-expect.set_options(timeout=60_000)  # far above what is ever needed
+expect.set_options(timeout=1000 * LIMIT_S)
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +125,7 @@ class Scene:
         return bar["ts"]
 
     def wait(self) -> None:
-        wait_for(
-            lambda: self.client.xlen(self.keys.features) + self.client.xlen(self.keys.rejected) == self.published, 120.0
-        )
+        wait_for(lambda: self.client.xlen(self.keys.features) + self.client.xlen(self.keys.rejected) == self.published)
 
     def messages(self, key: str, symbol: str | None = None) -> list[dict[str, Any]]:
         """What lies on a stream, read here and not by the page."""
@@ -136,7 +134,7 @@ class Scene:
 
     def ready(self) -> Any:
         """What `/readyz` says, ready or not."""
-        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=30)
+        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=LIMIT_S)
         connection.request("GET", "/readyz")
         try:
             return json.load(connection.getresponse())
@@ -164,14 +162,14 @@ def worker(
         return next((line for line in lines if line["event"].startswith(event)), None)
 
     try:
-        wait_for(lambda: logged("ensemble") is not None, 120.0)
+        wait_for(lambda: logged("ensemble") is not None)
         line = logged("metrics and health")
         assert line is not None
         with redis.Redis.from_url(url) as client:
             yield process, Scene(line["url"], client, Keys(namespace))
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(LIMIT_S)
 
 
 @pytest.fixture(scope="session")
@@ -203,25 +201,26 @@ def demonstration(models: Path, home: Path, *flags: str) -> Iterator[Scene]:
         return found or None
 
     try:
-        wait_for(lambda: summary() is not None, 300.0)
+        wait_for(lambda: summary() is not None, 3 * LIMIT_S)
         url = (summary() or {})["metrics"]["url"]
         server = embedded.find(home / ".quartet" / "demo")
         assert server is not None
+        wait_for(lambda: feed_of(process.pid) is not None)
         with redis.Redis.from_url(server) as client:
             yield Scene(url, client, Keys(), feed=feed_of(process.pid))
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(LIMIT_S)
 
 
-def feed_of(parent: int) -> int:
-    """The process of a demonstration that publishes its bars."""
+def feed_of(parent: int) -> int | None:
+    """The process of a demonstration that publishes its bars, which starts once the summary is shown."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             started_by = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             if started_by == parent and b"worker.demo.publisher" in (folder / "cmdline").read_bytes():
                 return int(folder.name)
-    pytest.fail("the demonstration has no feed")
+    return None
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.scene import TREES, Fields, Forge, Life, Stage, forge, market
-from tests.helpers import ROOT, wait_for
+from tests.helpers import LIMIT_S, ROOT, wait_for
 
 ACL_FILE = ROOT / "deploy" / "redis" / "users.acl"
 PASSWORDS = {name: f"{name}-secret" for name in ("worker", "feed", "reader", "operator")}
@@ -52,7 +52,7 @@ def redis_server(tmp_path: Path, needs: Callable[[str], str]) -> Iterator[Callab
             log = tmp_path / "redis.log"
             command = [program, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(tmp_path)]
             process = subprocess.Popen([*command, "--logfile", str(log), *options])
-            stack.callback(process.wait, 10)
+            stack.callback(process.wait, LIMIT_S)
             stack.callback(process.terminate)
             wait_for(
                 lambda: process.poll() is not None or (log.exists() and "ready to accept" in log.read_text().lower())

@@ -14,7 +14,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from tests.chaos.scene import Fields, Stage, until
-from tests.helpers import ROOT
+from tests.helpers import LIMIT_S, ROOT
 from worker.settings import Settings
 
 COMPOSE_FILE = ROOT / "docker-compose.yml"
@@ -248,7 +248,7 @@ def test_the_worker_reports_to_its_service_manager(
     ):
         for end, name in ((manager, "first"), (of_standby, "second")):
             end.bind(str(tmp_path / name))
-            end.settimeout(120)
+            end.settimeout(LIMIT_S)
         made = stage(valkey)
         made.namespace = tmp_path.name
         made.feed(bars)

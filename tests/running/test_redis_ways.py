@@ -21,7 +21,7 @@ from cryptography.x509.oid import NameOID
 
 from streams.keys import Keys
 from tests.chaos.scene import Fields, Stage, until
-from tests.helpers import free_port, quartet
+from tests.helpers import LIMIT_S, free_port, quartet
 from tests.running.conftest import ACL_FILE, PASSWORDS, Server, acl_with_passwords, served
 from worker.cli.app import invoke
 from worker.http import Answer, Readiness
@@ -76,7 +76,7 @@ def the_page_is_served(stage: Stage, feed: redis.Redis, bar: Fields) -> None:
     lines = [json.loads(line) for line in life.text.splitlines() if line.startswith("{")]
     url = urlsplit(next(line["url"] for line in lines if line["event"].startswith("metrics and health")))
     series = "symbol=SYN01&interval=1m"
-    with closing(HTTPConnection(url.netloc, timeout=30)) as watching:
+    with closing(HTTPConnection(url.netloc, timeout=LIMIT_S)) as watching:
         watching.request("GET", f"/api/live?{series}")
         live = watching.getresponse()
         assert told(live, "reload") == {}
@@ -91,7 +91,7 @@ def the_page_is_served(stage: Stage, feed: redis.Redis, bar: Fields) -> None:
 
 
 def asked(address: str, path: str) -> Any:
-    with closing(HTTPConnection(address, timeout=30)) as connection:
+    with closing(HTTPConnection(address, timeout=LIMIT_S)) as connection:
         connection.request("GET", path)
         answer = connection.getresponse()
         body = json.load(answer)
@@ -151,7 +151,7 @@ def test_readers_and_operators_can_do_their_work_with_their_rights(
     assert "xgboost" in run("reader", "check")
     with redis.Redis.from_url(guarded("reader")) as reader:
         orders = reader.xlen("quartet:control")
-        run("operator", "models", "mute", "lightgbm")
+        run("operator", "models", "mute", "lightgbm", "--wait", str(LIMIT_S))
         assert reader.xlen("quartet:control") == orders + 1
     assert life.terminate() == 0
 

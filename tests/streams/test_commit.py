@@ -26,14 +26,14 @@ from streams.store import (
     StoreUnavailableError,
 )
 from tests.chaos.proxy import FAULTS, proxy
-from tests.helpers import answers, free_port, wait_for
+from tests.helpers import LIMIT_S, answers, free_port, wait_for
 
 PARTS = ("one", "two")
 
 
 def store_of(url: str, namespace: str, **options: float) -> RedisStore:
     """The owner of a namespace, with what was committed loaded."""
-    store = RedisStore(connect(url, timeout_s=0.3), Keys(namespace), **options)
+    store = RedisStore(connect(url, timeout_s=LIMIT_S), Keys(namespace), **options)
     assert store.acquire()
     store.load(PARTS)
     return store
@@ -176,10 +176,17 @@ def test_a_commit_says_whether_this_very_try_wrote_it(server, namespace):
         assert store.commit(batch(namespace, 7)) is False, "the first try was applied, its reply was lost"
 
 
+def impatient(store: RedisStore, url: str) -> RedisStore:
+    """The same instance over a client that waits 0.3 s for an answer; it is connected."""
+    store.client = connect(url, timeout_s=0.3)
+    insist(store.client.ping)
+    return store
+
+
 def insist(call: Callable[[], object]) -> int:
     """Call as the worker does, until the server answers; how often that took."""
     for tries in range(1, 20):
-        with contextlib.suppress(StoreUnavailableError):
+        with contextlib.suppress(StoreUnavailableError, redis.TimeoutError):
             call()
             return tries
     pytest.fail("the server never answered")
@@ -193,8 +200,9 @@ def test_a_commit_whose_reply_is_lost_is_neither_doubled_nor_lost(server, namesp
     with proxy(server) as between:
         faulty = store_of(between.url, namespace)
         faulty.commit(batch(namespace, 1))
+        impatient(faulty, between.url)
         between.fault = fault
-        assert insist(lambda: faulty.commit(commit)) == 2
+        assert insist(lambda: faulty.commit(commit)) >= 2
         assert between.lost == 1
         insist(lambda: faulty.commit(batch(namespace, 7)))
     calm = store_of(server, twin)
@@ -215,14 +223,16 @@ def _without_times(found: dict[bytes, object], namespace: str) -> dict[bytes, ob
 def test_owning_and_marking_bear_a_lost_reply(server, namespace, fault):
     store_of(server, namespace).release()
     with proxy(server) as between:
-        store = RedisStore(connect(between.url, timeout_s=0.3), Keys(namespace))
+        store = impatient(RedisStore(connect(between.url), Keys(namespace)), between.url)
         between.fault = fault
         insist(store.acquire)
         assert store.was_clean, "the second call must not take its own first one for a crash"
         entry = Entry("in", "1-0", {})
         between.fault = fault
-        insist(lambda: store.mark(entry))
-        assert store.mark(entry) == 1, "one life notes one death at most, however often it calls"
+        marks: list[int] = []
+        for _ in range(2):
+            insist(lambda: marks.append(store.mark(entry)))
+        assert marks == [1, 1], "one life notes one death at most, however often it calls"
         between.fault = fault
         insist(store.release)
     assert store_of(server, namespace).was_clean
@@ -352,7 +362,7 @@ def test_a_server_that_is_not_there_is_unavailable():
 
 def test_a_client_never_sends_a_write_twice_by_itself(server, namespace):
     with proxy(server) as between:
-        client = connect(between.url, timeout_s=0.3)
+        client = connect(between.url)
         client.ping()
         between.fault = "cut"
         with pytest.raises(redis.ConnectionError):

@@ -14,7 +14,7 @@ import pytest
 import redis
 
 from streams import embedded
-from tests.helpers import ROOT, answers, wait_for
+from tests.helpers import LIMIT_S, ROOT, answers, wait_for
 
 STARTER = textwrap.dedent(
     """
@@ -44,7 +44,7 @@ def starter(state_dir: Path) -> tuple[subprocess.Popen[str], int]:
 
 def end(child: subprocess.Popen[str], how: signal.Signals) -> None:
     child.send_signal(how)
-    child.wait(10)
+    child.wait(LIMIT_S)
     assert child.stdout is not None
     child.stdout.close()
 

@@ -14,6 +14,8 @@ from typing import Any, Self
 
 from aiohttp import WSMsgType, web
 
+from tests.helpers import LIMIT_S
+
 STEP_MS = 1000
 SYMBOLS = {"BTCUSDT": ("BTC", "USDT"), "ETHUSDT": ("ETH", "USDT")}
 
@@ -48,12 +50,12 @@ class Exchange:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        assert self._ready.wait(20)
+        assert self._ready.wait(LIMIT_S)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(20)
+        self._thread.join(LIMIT_S)
 
     @property
     def options(self) -> dict[str, Any]:

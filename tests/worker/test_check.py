@@ -15,7 +15,7 @@ import redis
 from streams.keys import Keys
 from streams.redis import RedisStore, connect
 from tests.formats.samples import BARS, golden
-from tests.helpers import environment, free_port, quartet, wait_for
+from tests.helpers import LIMIT_S, environment, free_port, quartet, wait_for
 from worker.cli.app import invoke
 from worker.training.market import generate
 from worker.training.train import train_agents
@@ -227,14 +227,14 @@ def test_a_worker_reads_a_pattern_takes_up_new_keys_and_passes_its_health_check(
     desk.publish(*(bar(k) for k in range(30)), key=first)
     worker = run()
     try:
-        wait_for(lambda: worker.poll() is not None or consumed() == {first: 30}, 60)
+        wait_for(lambda: worker.poll() is not None or consumed() == {first: 30})
         desk.publish(*(bar(k, symbol="B") for k in range(20)), key=second)
-        wait_for(lambda: worker.poll() is not None or consumed() == {first: 30, second: 20}, 60)
+        wait_for(lambda: worker.poll() is not None or consumed() == {first: 30, second: 20})
         assert invoke(["check", "--live", "--http-port", str(port)]) == 0
         assert "healthy, not ready: " in capfd.readouterr().out
     finally:
         worker.send_signal(signal.SIGTERM)
-    assert worker.wait(60) == 0, (tmp_path / "run.log").read_text()
+    assert worker.wait(LIMIT_S) == 0, (tmp_path / "run.log").read_text()
     assert wrong in (tmp_path / "run.log").read_text()
     assert invoke(["check", "--live", "--http-port", str(port)]) == 3
 
@@ -242,10 +242,10 @@ def test_a_worker_reads_a_pattern_takes_up_new_keys_and_passes_its_health_check(
         desk.client.xadd(key, bar(k, symbol=symbol))
     worker = run()
     try:
-        wait_for(lambda: worker.poll() is not None or consumed() == {first: 31, second: 21}, 60)
+        wait_for(lambda: worker.poll() is not None or consumed() == {first: 31, second: 21})
     finally:
         worker.send_signal(signal.SIGTERM)
-    assert worker.wait(60) == 0, (tmp_path / "run.log").read_text()
+    assert worker.wait(LIMIT_S) == 0, (tmp_path / "run.log").read_text()
     features = [json.loads(f[b"data"])["bar_id"] for _, f in desk.client.xrange(f"{desk.namespace}:features")]
     assert sorted(features) == sorted(set(features))
     assert len(features) == 31 + 21

@@ -22,7 +22,7 @@ from streams.contracts import V3
 from streams.embedded import EmbeddedError
 from streams.messages import Reason
 from streams.store import FencedError, RewoundError, StoreUnavailableError
-from tests.helpers import environment, free_port, quartet, wait_for
+from tests.helpers import LIMIT_S, environment, free_port, quartet, wait_for
 from tests.worker.orders import market
 from worker import errors
 from worker.cli import app as program
@@ -176,7 +176,7 @@ def test_ctrl_c_is_quiet_and_exit_code_130(tmp_path: Path) -> None:
     )
     wait_for((tmp_path / "started").exists)
     child.send_signal(signal.SIGINT)
-    assert (child.communicate(timeout=30), child.returncode) == ((b"", b""), 130)
+    assert (child.communicate(timeout=LIMIT_S), child.returncode) == ((b"", b""), 130)
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     with os.fdopen(write, "wb") as closed:
         done = subprocess.run(
             [sys.executable, "-m", "worker", "config", "show"],
-            cwd=tmp_path, env=environment(), stdout=closed, stderr=subprocess.PIPE, timeout=60, check=False,
+            cwd=tmp_path, env=environment(), stdout=closed, stderr=subprocess.PIPE, timeout=LIMIT_S, check=False,
         )  # fmt: skip
     assert (done.returncode, done.stderr) == (141, b"")
 

@@ -20,7 +20,7 @@ import pytest
 import redis
 
 from streams import embedded
-from tests.helpers import environment, quartet, wait_for
+from tests.helpers import LIMIT_S, environment, quartet, wait_for
 from worker.training.market import generate
 from worker.training.train import train_agents
 
@@ -153,9 +153,7 @@ def test_a_refused_artifact_and_a_busy_port_are_said_and_the_demo_goes_on(models
         held.bind(("127.0.0.1", 0))
         held.listen()
         port = held.getsockname()[1]
-        done = quartet(
-            "demo", "--symbols", 2, "--bars", 200, "--models", broken, "--http-port", port, cwd=tmp_path, timeout_s=180
-        )
+        done = quartet("demo", "--symbols", 2, "--bars", 200, "--models", broken, "--http-port", port, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"Port {port} cannot be used" in done.stdout
     assert "\n4 configured, 3 loaded, 3 voting\n" in done.stdout
@@ -182,7 +180,6 @@ def sabotaged(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Sabotag
     done = quartet(
         *("demo", "--sabotage", "--json", "--symbols", 4, "--bars", 400, "--http-port", 0, "--models", models),
         cwd=home,
-        timeout_s=300,
     )
     assert done.returncode == 0, done.stderr
     assert {file.name: file.read_bytes() for file in models.iterdir()} == before, "only copies are sabotaged"
@@ -265,7 +262,7 @@ def test_killing_the_demos_server_in_mid_run_is_one_line(models: Path, tmp_path:
         assert until is not None, demo.communicate()
         os.kill(json.loads((state / "valkey" / "server.json").read_text())["pid"], signal.SIGKILL)
     finally:
-        _, err = demo.communicate(timeout=90)
+        _, err = demo.communicate(timeout=LIMIT_S)
     assert demo.returncode == 3
     assert err.count("\n") == 1, err
     assert err.startswith("error: the demo's server went away: ")
@@ -306,7 +303,7 @@ def test_ctrl_c_while_it_keeps_going_is_quiet_and_leaves_no_process(models: Path
     demo = begin("--keep", "--symbols", 2, "--bars", 200, "--models", models, cwd=tmp_path)
     state = tmp_path / ".quartet" / "demo"
     try:
-        wait_for(lambda: (state / "metrics.txt").exists() or demo.poll() is not None, limit_s=120)
+        wait_for(lambda: (state / "metrics.txt").exists() or demo.poll() is not None, limit_s=3 * LIMIT_S)
         assert demo.poll() is None
         second = quartet("demo", "--models", models, cwd=tmp_path)
         assert (second.returncode, second.stderr.count("\n")) == (3, 1)
@@ -316,7 +313,7 @@ def test_ctrl_c_while_it_keeps_going_is_quiet_and_leaves_no_process(models: Path
         assert len(children) >= 3
     finally:
         demo.send_signal(signal.SIGINT)
-        out, err = demo.communicate(timeout=60)
+        out, err = demo.communicate(timeout=LIMIT_S)
     assert (demo.returncode, err) == (130, "")
     assert "4 configured, 4 loaded, 4 voting" in out
     wait_for(lambda: not any(alive(pid) for pid in children))
@@ -326,13 +323,13 @@ def test_ctrl_c_in_mid_training_leaves_no_process_and_no_half_artifact(tmp_path:
     demo = begin(cwd=tmp_path)
     models = tmp_path / ".quartet" / "demo" / "models" / "seed-0"
     try:
-        wait_for(lambda: (models.exists() and any(models.iterdir())) or demo.poll() is not None, limit_s=120)
+        wait_for(lambda: (models.exists() and any(models.iterdir())) or demo.poll() is not None, limit_s=3 * LIMIT_S)
         assert demo.poll() is None
         children = children_of(demo.pid)
         assert children
     finally:
         demo.send_signal(signal.SIGINT)
-        _, err = demo.communicate(timeout=60)
+        _, err = demo.communicate(timeout=LIMIT_S)
     assert (demo.returncode, err) == (130, "")
     wait_for(lambda: not any(alive(pid) for pid in children))
     listed = json.loads(quartet("models", "list", "--json", "--models", models, cwd=tmp_path).stdout)
@@ -345,9 +342,7 @@ def test_only_the_missing_agent_is_trained(models: Path, tmp_path: Path) -> None
     for file in folder.glob("xgboost_*"):
         file.unlink()
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    done = quartet(
-        "demo", "--symbols", 1, "--bars", 200, "--http-port", 0, "--models", folder, cwd=tmp_path, timeout_s=240
-    )
+    done = quartet("demo", "--symbols", 1, "--bars", 200, "--http-port", 0, "--models", folder, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Training xgboost on an earlier stretch of that market, once" in done.stdout
     assert "  xgboost trained\n" in done.stdout

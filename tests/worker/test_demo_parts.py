@@ -19,6 +19,7 @@ from agents.discovery import candidate_of, ranks_above
 from streams.keys import Keys
 from streams.messages import Bar
 from streams.validation import Limits, check_bar
+from tests.helpers import LIMIT_S
 from worker.demo import publisher, show
 from worker.demo.children import ChildFailed, child
 from worker.demo.follow import AgentView, Tally, View, entries
@@ -187,7 +188,7 @@ def test_a_sabotaged_file_is_selected_before_the_one_it_replaces(name: str) -> N
 
 def test_a_child_that_fails_is_named_with_its_code_and_the_end_of_its_log(tmp_path: Path) -> None:
     with child("feed", ["worker.demo.publisher", "redis://127.0.0.1:1", "k"], tmp_path / "log") as feed:
-        feed.process.wait(60)
+        feed.process.wait(LIMIT_S)
         with pytest.raises(ChildFailed, match=r"the feed ended with exit code 2; .*required: --symbols") as caught:
             feed.check(may_end=True)
     assert caught.value.exit_code == 2
@@ -196,7 +197,7 @@ def test_a_child_that_fails_is_named_with_its_code_and_the_end_of_its_log(tmp_pa
 def test_a_feed_without_a_server_says_so_in_one_line(tmp_path: Path) -> None:
     flags = ["--symbols", "1", "--bars", "200", "--seed", "0"]
     with child("feed", ["worker.demo.publisher", "redis://127.0.0.1:1/0", "k", *flags], tmp_path / "log") as feed:
-        feed.process.wait(60)
+        feed.process.wait(LIMIT_S)
         with pytest.raises(ChildFailed, match=r"exit code 1; .* the bars cannot be published: ") as caught:
             feed.check(may_end=True)
     assert not re.search("Traceback", str(caught.value))

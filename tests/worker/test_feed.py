@@ -21,7 +21,7 @@ from streams import embedded
 from streams.keys import Keys
 from streams.redis import RedisStore, connect
 from streams.store import StoreUnavailableError
-from tests.helpers import environment, wait_for
+from tests.helpers import LIMIT_S, environment, wait_for
 from tests.worker.exchange import STEP_MS, Exchange, ohlcv
 from worker.cli.app import invoke
 from worker.feed.exchange import close_exchange, open_exchange
@@ -53,7 +53,7 @@ def feeding(tmp_path: Path, url: str, namespace: str, exchange: Exchange, *more:
         yield child
     finally:
         child.send_signal(signal.SIGTERM)
-        code = child.wait(30)
+        code = child.wait(LIMIT_S)
     assert code == 0, (tmp_path / "feed.log").read_text()
     assert "Traceback" not in (tmp_path / "feed.log").read_text()
 
@@ -75,7 +75,7 @@ class Stream:
     def grows(self, bars: int) -> None:
         """Wait for so many more bars of each symbol."""
         targets = {pair: len(self.stamps(pair)) + bars for pair in PAIRS}
-        wait_for(lambda: all(len(self.stamps(pair)) >= n for pair, n in targets.items()), 180)
+        wait_for(lambda: all(len(self.stamps(pair)) >= n for pair, n in targets.items()), 2 * LIMIT_S)
 
     def check(self) -> None:
         """Every bar once, none missing, each with its final values."""
@@ -115,7 +115,7 @@ def test_cuts_and_refusals_leave_no_gap_and_no_bar_twice(tmp_path, valkey, names
             exchange.cut()
             pause()
             exchange.refusing = False
-            wait_for(lambda before=before: exchange.connections > before, 180)
+            wait_for(lambda before=before: exchange.connections > before, 2 * LIMIT_S)
             stream.grows(2)
     stream.check()
 
@@ -133,7 +133,7 @@ def test_a_restart_fills_what_was_missed_and_repeats_nothing(tmp_path, valkey, n
 
 def test_maxlen_keeps_the_stream_short(tmp_path, valkey, namespace, exchange, stream):
     with feeding(tmp_path, valkey, namespace, exchange, "--history", "900", "--maxlen", "300"):
-        wait_for(lambda: stream.added() >= 2 * 898, 180)
+        wait_for(lambda: stream.added() >= 2 * 898, 2 * LIMIT_S)
     assert 300 <= stream.client.xlen(stream.key) < 900
 
 
@@ -228,7 +228,7 @@ def test_a_line_that_stays_silent_is_filled_by_history(publisher, stream, exchan
         await close_exchange(opened)
 
     exchange.muted = True
-    asyncio.run(asyncio.wait_for(scene(), 180))
+    asyncio.run(asyncio.wait_for(scene(), 2 * LIMIT_S))
     stamps = stream.stamps(PAIRS[0])
     assert stamps == list(range(stamps[0], stamps[-1] + 1, STEP_MS))
 
@@ -269,7 +269,7 @@ def test_a_clock_that_is_ahead_never_makes_a_forming_bar_of_the_history_a_closed
             for _ in range(5):
                 await feed.catch_up()
 
-    asyncio.run(asyncio.wait_for(scene(), 180))
+    asyncio.run(asyncio.wait_for(scene(), 2 * LIMIT_S))
     assert len(stream.stamps(PAIRS[0])) >= 10
     check_one(stream)
 
@@ -279,7 +279,7 @@ def test_a_clock_that_is_behind_does_not_hold_up_live_bars(publisher, stream, ex
         async with running_feed(publisher, exchange, Plan(history=5), skew_ms=-60_000):
             await asyncio.to_thread(wait_for, lambda: len(stream.stamps(PAIRS[0])) >= 67)
 
-    asyncio.run(asyncio.wait_for(scene(), 180))
+    asyncio.run(asyncio.wait_for(scene(), 2 * LIMIT_S))
     check_one(stream)
 
 
@@ -298,7 +298,7 @@ def test_a_bar_is_not_closed_by_one_that_is_not_its_successor(publisher, stream)
             await asyncio.to_thread(wait_for, lambda: len(stream.stamps(PAIRS[0])) >= 9)
 
     with Leaky() as exchange:
-        asyncio.run(asyncio.wait_for(scene(), 180))
+        asyncio.run(asyncio.wait_for(scene(), 2 * LIMIT_S))
     check_one(stream)
 
 
@@ -323,7 +323,7 @@ def test_a_bar_without_values_is_waited_for_and_nothing_after_it_is_published(pu
             await feed.catch_up()
 
     with Hollow() as exchange:
-        asyncio.run(asyncio.wait_for(scene(), 180))
+        asyncio.run(asyncio.wait_for(scene(), 2 * LIMIT_S))
     assert len(stream.stamps(PAIRS[0])) >= 19
     check_one(stream)
 
@@ -352,5 +352,5 @@ def test_a_server_that_is_killed_and_comes_back_has_every_bar_once(tmp_path, nam
         stream.check()
         second.close()
 
-    asyncio.run(asyncio.wait_for(scene(), 120))
+    asyncio.run(asyncio.wait_for(scene(), 2 * LIMIT_S))
     server.close()

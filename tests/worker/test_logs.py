@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import ROOT, environment
+from tests.helpers import LIMIT_S, ROOT, environment
 from worker.logs import REPEAT_S, make_logger
 
 
@@ -126,7 +126,7 @@ PROGRAM = "from worker.logs import make_logger; make_logger().info('muted', agen
 
 def test_on_a_pipe_it_writes_json_to_stderr() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment(), capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", PROGRAM], env=environment(), capture_output=True, text=True, timeout=LIMIT_S, check=True
     )
     assert done.stdout == ""
     assert json.loads(done.stderr)["agent"] == "nhits"
@@ -135,7 +135,7 @@ def test_on_a_pipe_it_writes_json_to_stderr() -> None:
 def test_on_a_terminal_it_is_readable() -> None:
     ours, theirs = pty.openpty()
     try:
-        subprocess.run([sys.executable, "-c", PROGRAM], env=environment(), stderr=theirs, timeout=60, check=True)
+        subprocess.run([sys.executable, "-c", PROGRAM], env=environment(), stderr=theirs, timeout=LIMIT_S, check=True)
         text = os.read(ours, 4096).decode()
     finally:
         os.close(ours)

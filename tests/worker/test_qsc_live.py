@@ -19,7 +19,7 @@ from agents import manifest
 from streams.keys import Keys
 from streams.messages import Reason
 from streams.recording import Recorded, Writer
-from tests.helpers import answers, environment, free_port, quartet, wait_for
+from tests.helpers import LIMIT_S, answers, environment, free_port, quartet, wait_for
 from worker.cli.app import invoke
 from worker.top import Samples
 from worker.training.bars import Bars
@@ -72,7 +72,7 @@ class Live:
     def get(self, path: str) -> str:
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}")
         try:
-            with urllib.request.urlopen(request, timeout=10) as answer:
+            with urllib.request.urlopen(request, timeout=LIMIT_S) as answer:
                 return answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.read().decode()
@@ -135,13 +135,13 @@ def live(valkey: str, models: Path, tmp_path_factory: pytest.TempPathFactory) ->
                 cwd=directory, env=environment(env), stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
         try:
-            wait_for(lambda: child.poll() is not None or client.xlen(live.keys.signals) == VOTES, 120)
+            wait_for(lambda: child.poll() is not None or client.xlen(live.keys.signals) == VOTES)
             assert child.poll() is None, (directory / "log").read_text()
             wait_for(lambda: Samples(live.get("/metrics")).one("quartet_agent_degenerate") is not None)
             yield live
         finally:
             child.terminate()
-            child.wait(20)
+            child.wait(LIMIT_S)
 
 
 def test_the_vote_that_shows_it_is_the_first_that_is_muted(live: Live) -> None:

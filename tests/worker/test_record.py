@@ -34,7 +34,7 @@ from streams.recording import (
 )
 from streams.redis import connect
 from tests.chaos.scene import feed, market
-from tests.helpers import environment, quartet, wait_for
+from tests.helpers import LIMIT_S, environment, quartet, wait_for
 from worker.cli.check import _get
 from worker.errors import CheckFailed, Unavailable, UsageError
 from worker.record import Plan, Recorder
@@ -117,7 +117,7 @@ def test_other_tools_read_it(valkey: str, namespace: str, tmp_path: Path, needs:
     record(valkey, file, namespace)
     command = f"{needs('zstdcat')} {file} | {needs('jq')} -r 'select(.stream == \"bars\") | .id'"
     done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=True, timeout=60
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=True, timeout=LIMIT_S
     )
     assert done.stdout.split() == [entry_id for entry_id, _ in bars_on(valkey, namespace)]
 
@@ -383,15 +383,14 @@ def test_kill_9_loses_at_most_the_last_second(valkey: str, namespace: str, tmp_p
         cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        wait_for(lambda: file.exists() and file.stat().st_size > 0, 60)
+        wait_for(lambda: file.exists() and file.stat().st_size > 0)
         feed(valkey, key, bars[:200])
-        begun = file.stat().st_size
-        wait_for(lambda: file.stat().st_size > begun, 60)
+        wait_for(lambda: bool(bars_in(file)))
         held = [entry_id for entry_id, _ in bars_in(file)]
         feed(valkey, key, bars[200:], first=200)
     finally:
         process.send_signal(signal.SIGKILL)
-        process.wait(10)
+        process.wait(LIMIT_S)
         assert process.stderr is not None
         process.stderr.close()
     ids = [entry_id for entry_id, _ in bars_on(valkey, namespace)]
@@ -410,11 +409,11 @@ def test_sigterm_ends_the_recorder_quietly_with_everything_on_disk(valkey: str, 
         [sys.executable, "-m", "worker", "record", "--out", str(file), "--json", *flags],
         cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
-        wait_for(lambda: file.exists() and file.stat().st_size > 0, 60)
+        wait_for(lambda: file.exists() and file.stat().st_size > 0)
         feed(valkey, f"{namespace}:bars", market(1, 50))
-        wait_for(lambda: len(bars_in(file)) == 50, 60)
+        wait_for(lambda: len(bars_in(file)) == 50)
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=LIMIT_S)
     assert (process.returncode, json.loads(out)["entries"]) == (0, {"bars": 50})
     assert "Traceback" not in err
 
