@@ -119,10 +119,11 @@ class Family(Protocol):
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why an artifact may not vote: a reason of the contract and what to do about it."""
+    """Why an artifact may not vote: a reason of the contract, what to do about it, and which file it was, if any."""
 
     reason: Reason
     detail: str
+    file: str = ""
 
 
 class Refused(Exception):

@@ -100,7 +100,7 @@ def load_file(file: Path, agent: str, options: LoadOptions) -> Loading:
         return Loading(agent, refusal=Refusal(Reason.NO_ARTIFACT, detail))
     if not file.exists():
         detail = f"{file} is not there: put it where the worker can read it"
-        return Loading(agent, refusal=Refusal(Reason.NO_ARTIFACT, detail), candidate=candidate)
+        return Loading(agent, refusal=Refusal(Reason.NO_ARTIFACT, detail, file.name), candidate=candidate)
     return _examine(candidate, options)
 
 
@@ -232,7 +232,8 @@ def _examine(candidate: Candidate, options: LoadOptions) -> Loading:
     try:
         model = _load(candidate, options, facts)
     except Refused as refused:
-        return Loading(candidate.agent, None, refused.refusal, candidate, facts)
+        refusal = replace(refused.refusal, file=candidate.file.name)
+        return Loading(candidate.agent, None, refusal, candidate, facts)
     return Loading(candidate.agent, model, None, candidate, facts)
 
 

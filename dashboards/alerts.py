@@ -67,15 +67,18 @@ def pages(interval_s: int = 60) -> list[Alert]:
         return f"sum(increase({metric}[{bars(n)}]))"
 
     last = "quartet_last_bar_timestamp_seconds"
-    below = increase('quartet_signals_total{status="below_quorum"}', 3)
+    none = 'quartet_signals_total{status="below_quorum"}'
+    below = increase(none, 3)
+    # Without this one such signal after a silence would do. Shorter than a minute no window holds two samples.
+    since = f"sum(increase({none}[{max(interval_s, 60)}s] offset {bars(2)})) > 0"
     return [
         Alert(
             "QuartetBelowQuorum",
             PAGE,
-            f"{below} / ({increase('quartet_signals_total', 3)} > 0) > 0.9 unless {WARMING_UP}",
-            bars(1),
+            f"{below} / ({increase('quartet_signals_total', 3)} > 0) > 0.9 and {since} unless {WARMING_UP}",
+            "0s",
             "Every signal is HOLD: too few agents vote",
-            "{{ $value | humanizePercentage }} of the signals of the last 3 bars are below_quorum, and it lasts. "
+            "{{ $value | humanizePercentage }} of the signals of the last 3 bars are below_quorum. "
             "Look which agents are refused or muted, and why.",
         ),
         Alert(

@@ -1,4 +1,4 @@
-"""Unit tests of the alert rules, for `promtool test rules`: each alert once firing and once silent."""
+"""Unit tests of the alert rules, for `promtool test rules`: each alert firing and silent, and where that begins."""
 
 from __future__ import annotations
 
@@ -7,18 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dashboards.alerts import Alert, pages, tickets
+from dashboards.edges import ACCEPTED, BELOW, EDGES, OK, READS, REJECTED, STEP, Edge, Series
 
-Series = Mapping[str, str]
-"""A series to its values, in promtool's notation: `a+bxn` is a, a+b, ... over n steps; a step is 15 s."""
-
-STEP = "15s"
-STAGE = 'quartet_stage_seconds_count{stage="read"}'
-OK, BELOW = (
-    'quartet_signals_total{action="BUY",status="ok"}',
-    'quartet_signals_total{action="HOLD",status="below_quorum"}',
-)
 UNCLOSED = 'quartet_bars_total{outcome="unclosed"}'
-ACCEPTED, REJECTED = 'quartet_bars_total{outcome="accepted"}', 'quartet_bars_total{outcome="rejected"}'
 
 
 @dataclass(frozen=True)
@@ -102,8 +93,8 @@ CASES = (
     ),
     Case(
         "QuartetWorkerStalled",
-        {STAGE: "0+20x20 400x40"},
-        ({STAGE: "0+20x60"}, {STAGE[:-1] + ',instance="a"}': "0x60", STAGE[:-1] + ',instance="b"}': "0+20x60"}),
+        {READS: "0+20x20 400x40"},
+        ({READS: "0+20x60"}, {READS[:-1] + ',instance="a"}': "0x60", READS[:-1] + ',instance="b"}': "0+20x60"}),
         "10m",
     ),
     Case(
@@ -150,23 +141,23 @@ CASES = (
         "QuartetStreamLength",
         {'quartet_stream_length{stream="signals"}': "3000000x160"},
         ({'quartet_stream_length{stream="signals"}': "1010000x160"},),
-        "30m",
+        "16m",
         labels={"stream": "signals"},
         fills={"{{ $value | humanize }}": "3M"},
     ),
     Case(
         "QuartetInputLost",
         # A worker counts what was lost as it starts: the first sample that anybody reads has it already.
-        {'quartet_bars_total{outcome="lost"}': "_x10 400x280"},
-        ({'quartet_bars_total{outcome="lost"}': "0x290"},),
-        "1h",
+        {'quartet_bars_total{outcome="lost"}': "_x10 400x40"},
+        ({'quartet_bars_total{outcome="lost"}': "0x50"},),
+        "10m",
         fills={"{{ $value | humanize }}": "400"},
     ),
     Case(
         "QuartetPoison",
-        {'quartet_rejected_total{stage="intake",reason="poison"}': "0x10 1x280"},
-        ({'quartet_rejected_total{stage="intake",reason="ohlc"}': "0x10 1x280"},),
-        "1h",
+        {'quartet_rejected_total{stage="intake",reason="poison"}': "0x10 1x40"},
+        ({'quartet_rejected_total{stage="intake",reason="ohlc"}': "0x10 1x40"},),
+        "10m",
     ),
     Case(
         "QuartetAgentsDisagree",
@@ -175,7 +166,7 @@ CASES = (
             {"quartet_ensemble_hard_disagreement_ratio": "0.1x160", OK: "0+10x160"},
             {"quartet_ensemble_hard_disagreement_ratio": "0.4x160", OK: "0+1x160"},
         ),
-        "35m",
+        "21m",
         fills={"{{ $value | humanizePercentage }}": "40%"},
     ),
     Case(
@@ -187,7 +178,7 @@ CASES = (
             # Signals on which too few voted to agree: the ratio is not exposed.
             {OK: "0+10x160"},
         ),
-        "35m",
+        "21m",
         fills={"{{ $value | humanizePercentage }}": "40%"},
     ),
     Case(
@@ -197,17 +188,17 @@ CASES = (
             {"quartet_ensemble_agreement_ratio": "0.7x160", OK: "0+10x160"},
             {"quartet_ensemble_agreement_ratio": "0.9x160", OK: "0+1x160"},
         ),
-        "35m",
+        "21m",
         fills={"{{ $value | humanizePercentage }}": "90%"},
     ),
     Case(
         "QuartetCanaryRolledBack",
-        {'quartet_agent_rollbacks_total{agent="nhits",by="safeguard"}': "0x10 1x280"},
+        {'quartet_agent_rollbacks_total{agent="nhits",by="safeguard"}': "0x10 1x40"},
         (
-            {'quartet_agent_rollbacks_total{agent="nhits",by="operator"}': "0x10 1x280"},
-            {'quartet_agent_rollbacks_total{agent="nhits",by="safeguard"}': "1x290"},
+            {'quartet_agent_rollbacks_total{agent="nhits",by="operator"}': "0x10 1x40"},
+            {'quartet_agent_rollbacks_total{agent="nhits",by="safeguard"}': "1x50"},
         ),
-        "1h",
+        "10m",
         labels={"agent": "nhits"},
     ),
 )
@@ -222,21 +213,29 @@ def rule_tests() -> dict[str, Any]:
         tests.append(_test(case, case.firing, [_expected(alert, case)]))
         tests.extend(_test(case, series, [_expected(alert, case)]) for series in case.also)
         tests.extend(_test(case, series, []) for series in case.silent)
-    if cases:
-        raise KeyError(f"cases of alerts that do not exist: {', '.join(cases)}")
+        tests.extend(_edge(alert, edge) for edge in EDGES if edge.alert == alert.name)
+    if unknown := [*cases, *({edge.alert for edge in EDGES} - {alert.name for alert in (*pages(), *tickets())})]:
+        raise KeyError(f"cases of alerts that do not exist: {', '.join(unknown)}")
     return {"rule_files": ["rules.yml"], "evaluation_interval": STEP, "tests": tests}
 
 
 def _test(case: Case, series: Series, expected: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "name": f"{case.alert} {'fires' if expected else 'is silent'}",
-        "interval": STEP,
-        "input_series": [{"series": name, "values": values} for name, values in series.items()],
-        "alert_rule_test": [{"alertname": case.alert, "eval_time": case.at, "exp_alerts": expected}],
-    }
+    name = f"{case.alert} {'fires' if expected else 'is silent'}"
+    return _on(name, series, [{"alertname": case.alert, "eval_time": case.at, "exp_alerts": expected}])
 
 
-def _expected(alert: Alert, case: Case) -> dict[str, Any]:
+def _edge(alert: Alert, edge: Edge) -> dict[str, Any]:
+    looks = {edge.silent: [], edge.fires: [_expected(alert, edge)]}
+    tests = [{"alertname": edge.alert, "eval_time": at, "exp_alerts": expected} for at, expected in looks.items() if at]
+    return _on(f"{edge.alert}: {edge.name}", edge.series, tests)
+
+
+def _on(name: str, series: Series, tests: list[dict[str, Any]]) -> dict[str, Any]:
+    inputs = [{"series": one, "values": values} for one, values in series.items()]
+    return {"name": name, "interval": STEP, "input_series": inputs, "alert_rule_test": tests}
+
+
+def _expected(alert: Alert, case: Case | Edge) -> dict[str, Any]:
     fills = {**{f"{{{{ $labels.{name} }}}}": value for name, value in case.labels.items()}, **case.fills}
     annotations = alert.annotations()
     for template, value in fills.items():

@@ -40,7 +40,19 @@ def board() -> Board:
             "Agents that said BUY, SELL or HOLD, on the series where most did. Green from 3, the quorum unless set.",
         ),
         (
+            3,
             4,
+            figure(
+                "Quorum",
+                "Agents that must say the same for a BUY or SELL. With fewer voting than this, every signal is a HOLD.",
+                [Query("max(quartet_ensemble_quorum)", "quorum")],
+                unit="none",
+                steps=((None, BLUE),),
+                see=READING,
+            ),
+        ),
+        (
+            3,
             4,
             figure(
                 "Without a quorum",
@@ -52,7 +64,7 @@ def board() -> Board:
             ),
         ),
         (
-            4,
+            3,
             4,
             figure(
                 "Age of the last bar",
@@ -64,7 +76,7 @@ def board() -> Board:
             ),
         ),
         (
-            4,
+            3,
             4,
             figure(
                 "Age in intervals",

@@ -107,6 +107,8 @@ class Metrics:
             "quartet_ensemble_hard_disagreement_ratio",
             "Share of recent signals with both a BUY and a SELL among the votes",
         )
+        self._quorum = LateGauge("quartet_ensemble_quorum", "Agents that have to say the same for a BUY or SELL")
+        registry.register(self._quorum)
         registry.register(self._agreement)
         registry.register(self._disagreement)
         self._drift = Gauge(
@@ -308,6 +310,9 @@ class Metrics:
             if kind not in ENSEMBLE:
                 raise KeyError(f"quartet_ensemble_agents: {kind!r} is not among {ENSEMBLE}")
             self._ensemble.labels(kind).set(n)
+
+    def quorum(self, agents: int) -> None:
+        self._quorum.set(agents)
 
     def agreement(self, agreement: float, hard_disagreement: float) -> None:
         """Over the last 500 signals on which at least two voted, 0..1."""

@@ -73,8 +73,9 @@ class Sensors:
             self.metrics.signals(Action(action), Status(status), n)
 
     def standing(self, status: WorkerStatus) -> None:
-        """What `/readyz` says too: the counts, the weights that count, and when the newest bar arrived."""
+        """What `/readyz` says too: the counts, the quorum, the weights that count, and when the newest bar arrived."""
         counts = status.counts()
+        self.metrics.quorum(status.quorum)
         self.metrics.ensemble({kind: counts[kind] for kind in ENSEMBLE})
         if status.last_arrival is not None:
             self.metrics.last_bar(status.last_arrival[1] / 1000)

@@ -26,7 +26,7 @@ class Status:
 
     def __init__(self, agents: tuple[str, ...], quorum: int, now_ms: Callable[[], int] = wall_clock_ms) -> None:
         self._now_ms = now_ms
-        self._quorum = quorum
+        self.quorum = quorum
         self._standing = Standing(agents)
         self._feed_healthy = True
         self._agents = {agent: {"state": "loading", "reason": ""} for agent in agents}
@@ -62,7 +62,7 @@ class Status:
                 "state": str(report.state),
                 "reason": report.reason or "",
                 "version": report.seat.model.version if report.seat.model else "",
-                "file": report.seat.model.file.name if report.seat.model else "",
+                "file": report.seat.file,
                 "pinned": "yes" if report.agent in pinned else "no",
                 "detail": report.detail,
             }
@@ -112,4 +112,4 @@ class Status:
 
     def _quorate(self) -> Condition:
         voting = self.vote.voting if self.vote else 0
-        return Condition(ok=voting >= self._quorum, detail=f"{voting} voting, quorum {self._quorum}")
+        return Condition(ok=voting >= self.quorum, detail=f"{voting} voting, quorum {self.quorum}")

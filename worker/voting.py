@@ -55,6 +55,11 @@ class Seat:
     def version(self) -> str | None:
         return None if self.model is None else self.model.version
 
+    @property
+    def file(self) -> str:
+        """The name of the model file: that serves, or that was refused; empty where there is none."""
+        return self.model.file.name if self.model else self.refusal.file if self.refusal else ""
+
 
 class AgentStage:
     """One agent. `active` once any series has had its full window; until then it is warming up."""

@@ -29,13 +29,14 @@ CONTRACT = {
     "quartet_agent_confidence_stddev": ({"agent"}, "gauge"),
     "quartet_agent_confidence_p10_p90_range": ({"agent"}, "gauge"),
     "quartet_agent_degenerate": ({"agent", "criterion"}, "gauge"),
-    # Beyond the contract: canaries that were rolled back, the scoreboard, feature drift.
+    # Beyond the contract: canaries that were rolled back, the scoreboard, feature drift, the quorum.
     "quartet_agent_rollbacks_total": ({"agent", "by"}, "counter"),
     "quartet_agent_hit_ratio": ({"agent"}, "gauge"),
     "quartet_agent_signed_return_mean": ({"agent"}, "gauge"),
     "quartet_agent_brier_score": ({"agent"}, "gauge"),
     "quartet_agent_scored_votes": ({"agent"}, "gauge"),
     "quartet_feature_drift": ({"feature"}, "gauge"),
+    "quartet_ensemble_quorum": (set(), "gauge"),
     "quartet_agent_inference_seconds": ({"agent"}, "histogram"),
     "quartet_ensemble_agents": ({"kind"}, "gauge"),
     "quartet_ensemble_agreement_ratio": (set(), "gauge"),
@@ -216,6 +217,9 @@ def test_counts_add_up(registry: CollectorRegistry, metrics: Metrics) -> None:
 
 def test_levels_are_what_was_last_set(registry: CollectorRegistry, metrics: Metrics) -> None:
     metrics.ensemble({"configured": 4, "loaded": 3, "eligible": 2, "voting": 1})
+    assert registry.get_sample_value("quartet_ensemble_quorum") is None, "not 0 before it is known"
+    metrics.quorum(3)
+    assert registry.get_sample_value("quartet_ensemble_quorum") == 3
     metrics.agreement(0.75, 0.25)
     metrics.last_bar(1_700_000_000.5)
     metrics.lag("bars", 12)

@@ -13,6 +13,7 @@ import pytest
 
 from streams.codec import seal
 from streams.contracts import V3
+from tests.helpers import LIMIT_S
 from tests.worker.orders import FIRST, LAZY, SECOND, market, put, trial
 from worker.assembly import load_agents, load_options
 from worker.logs import make_logger
@@ -66,7 +67,7 @@ def test_bars_go_on_while_a_model_is_being_loaded(desk, versions, models):
     newest = shelf.newest
 
     def slow(agent):
-        assert held.wait(60)
+        assert held.wait(LIMIT_S)
         return newest(agent)
 
     shelf.newest = slow
@@ -342,9 +343,12 @@ def test_an_older_artifact_in_the_place_of_one_that_is_gone_is_told_as_such(rest
 def test_a_refusal_at_the_start_names_its_file(desk, models):
     file = models / "xgboost_v20270101_000000_v3.ubj"
     file.write_bytes(b"not a model")
-    (event,) = desk().events("agent_refused")
+    one = desk()
+    (event,) = one.events("agent_refused")
     told = {"file": str(file), "version": "v20270101_000000_v3", "sha256": sha256(b"not a model").hexdigest()}
     assert event["evidence"] == told
+    assert one.worker.status.readiness().agents["xgboost"]["file"] == file.name
+    assert one.worker.status.readiness().agents["lightgbm"]["file"].startswith("lightgbm_v")
 
 
 def test_a_record_survives_packing():
