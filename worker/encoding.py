@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from streams.codec import encode_event, encode_reject, to_json
 from streams.contracts import FEATURE_SETS, V3, union
@@ -12,6 +15,11 @@ from streams.messages import Action, Bar, Event, Reject
 from streams.store import Commit, Output, Position
 from worker.batches import STATES, Ballot, Vectors
 from worker.pipeline import Result
+
+_ACTIONS = tuple(action.name for action in Action)
+"""By code; looking an enum up costs more than all else of a row."""
+
+_STATES = tuple(map(str, STATES))
 
 
 def commit_of(
@@ -52,23 +60,22 @@ def encoded_events(events: Sequence[Event]) -> list[list[bytes]]:
     return [[b"data", encode_event(event)] for event in events]
 
 
-def feature_messages(vectors: Vectors) -> list[dict[str, Any]]:
-    """One feature vector for each accepted bar, as on the stream."""
+def feature_messages(vectors: Vectors) -> Iterator[dict[str, Any]]:
+    """One feature vector for each accepted bar, as on the stream; one at a time, for they are large."""
     contracts = {name: FEATURE_SETS[name].contract for name in vectors.ready}
-    ready = vectors.ready[V3.name].tolist()
-    messages = [
-        {
-            **_bar_fields(bar),
+    names, ready = vectors.names, vectors.ready[V3.name].tolist()
+    for row, bar in enumerate(vectors.accepted.bars):
+        message = {
+            "symbol": bar.symbol,
+            "ts": bar.ts,
+            "interval": bar.interval,
+            "bar_id": bar.bar_id,
             "ready": ready[row],
             "contract": V3.contract,
             "contracts": contracts,
-            "values": dict(zip(vectors.names, values, strict=True)),
+            "values": dict(zip(names, vectors.values[row].tolist(), strict=True)),
         }
-        for row, (bar, values) in enumerate(zip(vectors.accepted.bars, vectors.values.tolist(), strict=True))
-    ]
-    return (
-        [_without_left(vectors, row, message) for row, message in enumerate(messages)] if vectors.leaves else messages
-    )
+        yield _without_left(vectors, row, message) if vectors.leaves else message
 
 
 def _without_left(vectors: Vectors, row: int, message: dict[str, Any]) -> dict[str, Any]:
@@ -82,40 +89,49 @@ def _without_left(vectors: Vectors, row: int, message: dict[str, Any]) -> dict[s
     }
 
 
-def vote_messages(bars: Sequence[Bar], ballot: Ballot) -> list[dict[str, Any]]:
+def vote_messages(bars: Sequence[Bar], ballot: Ballot) -> Iterator[dict[str, Any]]:
     """One vote of one agent for each row of its ballot, an abstention included; `bars` are those of all rows."""
+    agent, version, weight = ballot.agent, ballot.version, ballot.weight
     outputs = [None] * len(bars) if ballot.outputs is None else ballot.outputs.tolist()
     rows = zip(
         *(bars, ballot.action.tolist(), ballot.confidence.tolist(), outputs),
-        *(ballot.answered.tolist(), ballot.state.tolist(), ballot.reason),
+        *(ballot.answered.tolist(), ballot.state.tolist(), ballot.reason, _present(ballot)),
         strict=True,
     )
-    messages = [
-        {
-            **_bar_fields(bar),
-            "agent": ballot.agent,
-            "version": ballot.version,
-            "action": Action(action).name,
-            "confidence": confidence,
-            "outputs": raw if answered else None,
-            "weight": ballot.weight,
-            "state": STATES[state],
-            "reason": reason,
-        }
-        for bar, action, confidence, raw, answered, state, reason in rows
-    ]
-    return messages if ballot.present is None else [messages[row] for row in ballot.rows]
+    for bar, action, confidence, raw, answered, state, reason, present in rows:
+        if present:
+            yield {
+                "symbol": bar.symbol,
+                "ts": bar.ts,
+                "interval": bar.interval,
+                "bar_id": bar.bar_id,
+                "agent": agent,
+                "version": version,
+                "action": _ACTIONS[action],
+                "confidence": confidence,
+                "outputs": raw if answered else None,
+                "weight": weight,
+                "state": _STATES[state],
+                "reason": reason,
+            }
 
 
-def signal_messages(result: Result) -> list[dict[str, Any]]:
+def _present(ballot: Ballot) -> list[bool]:
+    return [True] * len(ballot.action) if ballot.present is None else ballot.present.tolist()
+
+
+def signal_messages(result: Result) -> Iterator[dict[str, Any]]:
     """Exactly one signal for each ready vector."""
     s = result.signals
     columns = (s.action, s.confidence, s.agreement, s.loaded, s.eligible, s.voting, s.agreeing)
     rows = zip(result.voted_bars, _signal_votes(result), s.status, *(c.tolist() for c in columns), strict=True)
-    return [
-        {
-            **_bar_fields(bar),
-            "action": Action(action).name,
+    for bar, votes, status, action, confidence, agreement, loaded, eligible, voting, agreeing in rows:
+        yield {
+            "symbol": bar.symbol,
+            "ts": bar.ts,
+            "interval": bar.interval,
+            "bar_id": bar.bar_id,
+            "action": _ACTIONS[action],
             "confidence": confidence,
             "agreement": agreement,
             "configured": s.configured,
@@ -127,34 +143,34 @@ def signal_messages(result: Result) -> list[dict[str, Any]]:
             "status": status,
             "votes": votes,
         }
-        for bar, votes, status, action, confidence, agreement, loaded, eligible, voting, agreeing in rows
-    ]
 
 
-def _signal_votes(result: Result) -> list[dict[str, Any]]:
+def _signal_votes(result: Result) -> Iterator[dict[str, Any]]:
     """Agent to its vote, for each ready vector."""
-    votes: list[dict[str, Any]] = [{} for _ in result.vectors.index]
-    for place, ballot in enumerate(result.ballots):
-        columns = zip(
-            *(votes, ballot.action.tolist(), ballot.confidence.tolist()),
-            *(result.signals.effective[:, place].tolist(), ballot.state.tolist(), ballot.reason),
-            strict=True,
-        )
-        present = [True] * len(votes) if ballot.present is None else ballot.present.tolist()
-        for there, (row, action, confidence, effective, state, reason) in zip(present, columns, strict=True):
-            if not there:
-                continue
-            row[ballot.agent] = {
-                "action": Action(action).name,
-                "confidence": confidence,
-                "weight": ballot.weight,
-                "effective_weight": effective,
-                "state": STATES[state],
-                "reason": reason,
-                "version": ballot.version,
-            }
-    return votes
+    agents = [ballot.agent for ballot in result.ballots]
+    columns = [
+        _told(ballot, weights) for ballot, weights in zip(result.ballots, result.signals.effective.T, strict=True)
+    ]
+    for row in zip(*columns, strict=True):
+        yield {agent: vote for agent, vote in zip(agents, row, strict=True) if vote is not None}
 
 
-def _bar_fields(bar: Bar) -> dict[str, Any]:
-    return {"symbol": bar.symbol, "ts": bar.ts, "interval": bar.interval, "bar_id": bar.bar_id}
+def _told(ballot: Ballot, effective: NDArray[np.float64]) -> Iterator[dict[str, Any] | None]:
+    """What a signal tells of one agent's vote, row by row; None where it has none."""
+    version, weight = ballot.version, ballot.weight
+    rows = zip(
+        *(ballot.action.tolist(), ballot.confidence.tolist(), effective.tolist()),
+        *(ballot.state.tolist(), ballot.reason, _present(ballot)),
+        strict=True,
+    )
+    for action, confidence, effective_weight, state, reason, present in rows:
+        told = {
+            "action": _ACTIONS[action],
+            "confidence": confidence,
+            "weight": weight,
+            "effective_weight": effective_weight,
+            "state": _STATES[state],
+            "reason": reason,
+            "version": version,
+        }
+        yield told if present else None

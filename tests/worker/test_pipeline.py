@@ -46,7 +46,7 @@ class Chain:
     def feed(self, entries: Sequence[Entry], now_ms: int = LAST_TS + 120_000) -> Chain:
         result = self.pipeline.process(entries, now_ms)
         self.keep(result.state, result.drops)
-        signals = signal_messages(result)
+        signals = list(signal_messages(result))
         self.signals += signals
         for ballot in result.ballots:
             self.votes.setdefault(ballot.agent, []).extend(vote_messages(result.voted_bars, ballot))
@@ -84,7 +84,7 @@ def test_every_accepted_bar_gives_one_vector_and_every_ready_one_a_vote_of_each_
     whole: Chain,
 ) -> None:
     result, ready = whole.results[0], 3 * (45 - 24)
-    assert len(feature_messages(result.vectors)) == len(ENTRIES)
+    assert len(list(feature_messages(result.vectors))) == len(ENTRIES)
     assert len(whole.signals) == ready
     assert {agent: len(votes) for agent, votes in whole.votes.items()} == dict.fromkeys(AGENTS, ready)
     ids = [entry.id for entry in ENTRIES]
@@ -150,7 +150,7 @@ def test_a_v2_agent_beside_v3_agents_votes_on_v2_features_once_its_own_warm_up_i
     values, ready = bank.update(accepted.rows, accepted.ohlcv)
     expected = v2.predict(values[ready[:, 0]])
     assert [v["outputs"] for v in votes[15:]] == expected.tolist()
-    message = feature_messages(chain.results[0].vectors)[-1]
+    *_, message = feature_messages(chain.results[0].vectors)
     assert message["contracts"] == {"v3": V3.contract, "v2": V2.contract}
     assert set(message["values"]) == {*V3.features, *V2.features}
     assert message["values"]["rsi"] == message["values"]["rsi_14"]
@@ -345,6 +345,6 @@ def test_an_empty_state_is_a_first_start_and_windows_may_begin_later_than_the_re
     later = without(whole.stored, "windows:v3", b"0", b"2")
     pipeline = Chain().make()
     pipeline.restore(later)
-    signals = signal_messages(pipeline.process([LATER_1, LATER_2, LATER_3], LAST_TS + 120_000))
+    signals = list(signal_messages(pipeline.process([LATER_1, LATER_2, LATER_3], LAST_TS + 120_000)))
     reasons = {s["symbol"]: s["votes"]["nhits"]["reason"] for s in signals}
     assert reasons == {"SYN01": "insufficient_history", "SYN02": None, "SYN03": "insufficient_history"}
