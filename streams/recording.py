@@ -31,6 +31,8 @@ FRAME_BYTES = MIB
 _CHUNK = 1 << 16
 _SUFFIXES = (".jsonl.zst", ".zst", "")
 _DATA = b',"data":'
+_STREAM = b'{"stream":"'
+_ENTRY_ENDS = b"}}", b"]}"
 
 
 class RecordingError(Exception):
@@ -99,13 +101,26 @@ def decode(line: bytes) -> Item:
     """The entry of one line. Raises `RecordingError` where it is none."""
     head, found, tail = line.partition(_DATA)
     try:
-        if not found or not line.endswith(b"}"):
+        if not found or not line.endswith(b"}") or b',"fields":' in head:
             return _decode(orjson.loads(line))
         value = orjson.loads(head + b"}")
         data = value["raw"].encode() if "raw" in value else tail[:-1]
         return Recorded(value["stream"], value["key"], value["id"], {b"data": data})
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise RecordingError(f"no entry of a recording: {line[:80]!r} ({error})") from error
+
+
+def stream_of(line: bytes) -> bytes:
+    """The stream of an entry's line as `encode` writes it, empty for any other line; nothing is decoded."""
+    if not line.startswith(_STREAM) or not line.endswith(_ENTRY_ENDS):
+        return b""
+    return line[len(_STREAM) : line.find(b'"', len(_STREAM))]
+
+
+def holds(line: bytes, data: bytes) -> bool:
+    """Whether a line is that of an entry whose one field `data` has exactly these bytes, a JSON object."""
+    at = line.find(_DATA) + len(_DATA)
+    return len(line) == at + len(data) + 1 and line.startswith(data, at) and b'"raw":' not in line[:at]
 
 
 def _decode(value: Mapping[str, Any]) -> Item:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,15 +39,15 @@ class Vectors:
     index: NDArray[np.int64]
     leaves: Mapping[str, int] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def bars(self) -> list[Bar]:
         """The bars that are voted on, `R` of them."""
-        return [self.accepted.bars[i] for i in self.index]
+        return [self.accepted.bars[i] for i in self.index.tolist()]
 
     @property
     def voted_ids(self) -> list[str]:
         """The IDs of the votes and signals, those of their vectors."""
-        return [self.accepted.ids[i] for i in self.index]
+        return [self.accepted.ids[i] for i in self.index.tolist()]
 
     def columns(self, names: Sequence[str]) -> NDArray[np.float64]:
         """The values `[N, C]` under these names; NaN where nothing computes them."""

@@ -124,8 +124,8 @@ class ServerPlace:
     def outline(self) -> Outline:
         outline = Outline()
         for stream in ("events", "rejected"):
-            for entry in self._forwards(f"{self.keys.namespace}:{stream}"):
-                outline.take(encode(Recorded(stream, entry.key, entry.id, entry.fields)))
+            entries = self._forwards(f"{self.keys.namespace}:{stream}")
+            outline.take(encode(Recorded(stream, entry.key, entry.id, entry.fields)) for entry in entries)
         return outline
 
     def _forwards(self, key: str) -> Iterator[Entry]:

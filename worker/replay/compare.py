@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,7 +84,7 @@ class Comparison:
         stream: str,
         rank: int,
         rows: Sequence[int],
-        messages: Sequence[Mapping[str, Any]],
+        messages: Iterable[Mapping[str, Any]],
         source: Source,
         *,
         open_ended: bool,
@@ -93,9 +93,14 @@ class Comparison:
 
         `open_ended`: what a feature set or agent adds whose model is not at hand is no difference.
         """
+        payloads = [to_json(message) for message in messages]
+        if payloads and source.take_equal(stream, payloads):
+            self.compared[stream] += len(payloads)
+            self._last = max(self._last, self.bars + rows[-1])
+            return []
         found: list[tuple[Place, Difference]] = []
-        for row, message in zip(rows, messages, strict=True):
-            bar_id, payload = str(message["bar_id"]), to_json(message)
+        for row, payload in zip(rows, payloads, strict=True):
+            bar_id = _bar_id(payload)
             skipped, recorded = self._next(stream, bar_id, payload, source)
             different = [_one_sided(stream, _bar_id(data), "an entry", ABSENT) for data in skipped]
             if recorded is not None:

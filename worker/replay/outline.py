@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
 from streams.messages import CANARY, Entry
-from streams.recording import Lost, Recorded, Recording, decode
+from streams.recording import Lost, Recorded, Recording, decode, stream_of
 from streams.store import id_tuple
 
 DECIDED_THEN = ("future", "poison")
@@ -18,10 +18,8 @@ DECIDED_THEN = ("future", "poison")
 
 VOTES = "votes:"
 CONTROL = ":control"
-SIGNALS = "signals"
-_HEAD = b'{"stream":"'
-_STALE = b'"status":"stale"'
-_COUNTED = frozenset({"features"})
+_BARS, _SIGNALS = b"bars", b"signals"
+_STATUS = b'"status":"'
 Progress = Callable[[int], None]
 """Given the number of bars done since the last call."""
 
@@ -52,13 +50,14 @@ class Step:
 
 @dataclass
 class Outline:
-    """Counts of entries by stream, and every decision that bars and models alone do not explain.
+    """How many bars there are, and every decision that bars and models alone do not explain.
 
+    `lost` counts by stream what was trimmed before it was recorded.
     `left_out` are entries (key, ID) refused for a reason of that moment, `stale` the bars whose signal was,
     `hashes` the SHA-256 of each (agent, version) that was named, `versions` the first of each agent's votes.
     """
 
-    counts: Counter[str] = field(default_factory=Counter)
+    bars: int = 0
     lost: Counter[str] = field(default_factory=Counter)
     left_out: set[tuple[str, str]] = field(default_factory=set)
     stale: set[str] = field(default_factory=set)
@@ -66,29 +65,35 @@ class Outline:
     steps: list[Step] = field(default_factory=list)
     hashes: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
     versions: dict[str, tuple[str | None, str]] = field(default_factory=dict)
-    _current: dict[str, bytes] = field(default_factory=dict, repr=False)
+    _ordinary: dict[bytes, bytes] = field(default_factory=lambda: {_BARS: b"", b"features": b""}, repr=False)
+    """What an entry of a stream contains where it says nothing new."""
 
-    # ------------------------------------------------------------------ one entry
+    # ------------------------------------------------------------------ entries
 
-    def take(self, line: bytes) -> None:
-        """Note one line. Most say nothing new and are not decoded: nine in ten are told by their bytes."""
-        stream = _stream_of(line)
-        if stream in _COUNTED or (stream and self._current.get(stream, b"?") in line):
-            self.counts[stream] += 1
-        elif stream != SIGNALS or _STALE in line:
-            self._take(decode(line))
-        else:
-            self.counts[stream] += 1
+    def take(self, lines: Iterable[bytes]) -> None:
+        """Note some lines. Most say nothing new and are not decoded: nine in ten are told by their bytes."""
+        ordinary = self._ordinary
+        for line in lines:
+            stream = stream_of(line)
+            known = ordinary.get(stream)
+            if known is None:
+                if stream != _SIGNALS or _is_stale(line):
+                    self._take(decode(line))
+            elif known not in line:
+                self._take(decode(line))
+            elif stream == _BARS:
+                self.bars += 1
 
     def _take(self, item: Recorded | Lost) -> None:
         stream = item.stream
         if isinstance(item, Lost):
             self.lost[stream] += item.entries
             return
-        self.counts[stream] += 1
-        if stream.startswith(VOTES):
+        if stream == "bars":
+            self.bars += 1
+        elif stream.startswith(VOTES):
             self._vote(item)
-        elif stream == SIGNALS:
+        elif stream == "signals":
             signal = orjson.loads(item.fields[b"data"])
             if signal["status"] == "stale":
                 self.stale.add(signal["bar_id"])
@@ -102,7 +107,7 @@ class Outline:
         """Follow the version of an agent's votes; a change is a step."""
         vote = orjson.loads(item.fields[b"data"])
         version, agent = vote["version"], item.stream.removeprefix(VOTES)
-        self._current[item.stream] = b'"version":' + orjson.dumps(version)
+        self._ordinary[item.stream.encode()] = b'"version":' + orjson.dumps(version)
         if agent not in self.versions:
             self.versions[agent] = version, vote["reason"] or ""
             return
@@ -133,23 +138,18 @@ class Outline:
         return [(agent, e) for agent, e in (agents or {}).items() if e and e.get("version") and e.get("sha256")]
 
 
-def _stream_of(line: bytes) -> str:
-    """The stream of a line as the recorder writes it, empty where it has to be decoded."""
-    if not line.startswith(_HEAD):
-        return ""
-    end = line.find(b'"', len(_HEAD))
-    return "" if b'"lost":' in line else line[len(_HEAD) : end].decode()
+def _is_stale(signal: bytes) -> bool:
+    """Whether the line of a signal may be one of a stale bar; its status stands before its votes."""
+    return signal.startswith(b"stale", signal.find(_STATUS) + len(_STATUS))
 
 
 def read_outline(recording: Recording, progress: Progress = lambda _: None) -> Outline:
     """Read the whole recording once. Raises `RecordingError` where it is damaged."""
     outline = Outline()
-    done = 0
-    for block in recording.blocks():
-        for line in block:
-            outline.take(line)
-        progress(outline.counts["bars"] - done)
-        done = outline.counts["bars"]
+    for lines in recording.blocks():
+        before = outline.bars
+        outline.take(lines)
+        progress(outline.bars - before)
     if not outline.starts and recording.header.get("started"):
         outline.starts.append(Step("started", "", "", recording.header["started"], {}))
     return outline

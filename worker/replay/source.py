@@ -1,19 +1,20 @@
 """A recording as separate streams: each is taken from as far as it is needed.
 
-Nothing is read ahead in a thread: Python code beside the models would make each of their calls wait for
-the interpreter's lock, which costs more than the reading.
+Lines wait as they are. Most are only ever held against the bytes that were computed again, so that
+nothing of them is decoded.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from streams.messages import Entry
-from streams.recording import Lost, Recorded, Recording, decode
+from streams.recording import Lost, Recorded, Recording, decode, encode, holds, stream_of
 
-_IGNORED = frozenset({"events", "rejected", "control"})
+_IGNORED = frozenset({b"events", b"rejected", b"control"})
 
 
 class Source:
@@ -22,7 +23,7 @@ class Source:
     def __init__(self, recording: Recording) -> None:
         self.namespace = str(recording.header["namespace"])
         self._blocks: Iterator[list[bytes]] = recording.blocks()
-        self._waiting: dict[str, deque[Recorded]] = defaultdict(deque)
+        self._waiting: dict[bytes, deque[bytes]] = defaultdict(deque)
         self._lock = threading.RLock()
 
     def entries(self, count: int) -> list[Entry]:
@@ -32,30 +33,58 @@ class Source:
     def take(self, stream: str, count: int) -> list[Recorded]:
         """The next `count` entries of a stream."""
         with self._lock:
-            waiting = self._waiting[stream]
-            while len(waiting) < count and self._more():
-                pass
-            return [waiting.popleft() for _ in range(min(count, len(waiting)))]
+            waiting = self._await(stream, count)
+            return [_recorded(waiting.popleft()) for _ in range(min(count, len(waiting)))]
+
+    def take_equal(self, stream: str, payloads: Sequence[bytes]) -> bool:
+        """Take the next entries of a stream if their `data` are exactly these; else take nothing."""
+        with self._lock:
+            waiting = self._await(stream, len(payloads))
+            if len(waiting) < len(payloads) or not all(map(holds, waiting, payloads)):
+                return False
+            for _ in payloads:
+                waiting.popleft()
+            return True
 
     def peek(self, stream: str, place: int = 0) -> Recorded | None:
         """An entry that `take` would give, `place` entries ahead; None behind the end."""
         with self._lock:
-            waiting = self._waiting[stream]
-            while len(waiting) <= place and self._more():
-                pass
-            return waiting[place] if place < len(waiting) else None
+            line = next(islice(self._await(stream, place + 1), place, None), None)
+            return None if line is None else _recorded(line)
 
     def left(self) -> dict[str, int]:
         """How many entries of each stream nobody took, once everything was read."""
         while self._more():
             pass
-        return {stream: len(waiting) for stream, waiting in self._waiting.items() if waiting}
+        return {stream.decode(): len(waiting) for stream, waiting in self._waiting.items() if waiting}
+
+    def _await(self, stream: str, count: int) -> deque[bytes]:
+        """The lines of a stream that wait: `count` or more, unless the recording ends before."""
+        waiting = self._waiting[stream.encode()]
+        while len(waiting) < count and self._more():
+            pass
+        return waiting
 
     def _more(self) -> bool:
         lines = next(self._blocks, None)
         if lines is None:
             return False
-        for item in map(decode, lines):
-            if not isinstance(item, Lost) and item.stream not in _IGNORED:
-                self._waiting[item.stream].append(item)
+        for line in lines:
+            stream = stream_of(line)
+            if not stream:
+                self._add_foreign(line)
+            elif stream not in _IGNORED:
+                self._waiting[stream].append(line)
         return True
+
+    def _add_foreign(self, line: bytes) -> None:
+        """A line that is no entry, or that another program wrote with other spaces."""
+        item = decode(line)
+        if not isinstance(item, Lost) and item.stream.encode() not in _IGNORED:
+            self._waiting[item.stream.encode()].append(encode(item))
+
+
+def _recorded(line: bytes) -> Recorded:
+    item = decode(line)
+    assert isinstance(item, Recorded)  # noqa: S101 - notes of losses never wait
+    return item

@@ -112,7 +112,7 @@ def verify(
     recording = Recording(path)
     outline = read_outline(recording)
     check_beginning(recording.header, outline)
-    total(outline.counts["bars"])
+    total(outline.bars)
     clock = Clock()
     others = _other_build(outline)
     comparison = Comparison(TOLERANCE if others else 0.0)

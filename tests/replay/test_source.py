@@ -1,0 +1,86 @@
+"""The streams of a recording, taken line by line: what is told by bytes alone agrees with what decoding says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from streams.recording import Item, Lost, Recorded, Recording, Writer, decode, encode, holds, stream_of
+from worker.replay.source import Source
+
+PAYLOADS = (
+    b'{"bar_id":"A|1m|1","x":1}',
+    b'{"bar_id":"A|1m|2","x":[1.5,null]}',
+    b'{"bar_id":"\xc3\xa9","data":{"x":1}}',
+)
+ITEMS: tuple[Item, ...] = (
+    *(Recorded("signals", "q:signals", f"{n}-0", {b"data": data}) for n, data in enumerate(PAYLOADS, 1)),
+    Recorded("signals", "q:signals", "4-0", {b"data": b'{ "spaced": 1 }'}),
+    Recorded("signals", "q:signals", "5-0", {b"data": b"not JSON"}),
+    Recorded("signals", "q:signals", "6-0", {}),
+    Recorded("bars", "q:bars", "1-0", {b"symbol": b"A", b"data": b"1"}),
+    Recorded("bars", "q:bars", "2-0", {b"symbol": b"\xff"}),
+)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "some.jsonl.zst"
+    with Writer(path) as writer:
+        writer.header({"id": "x", "part": 1, "namespace": "q", "inputs": ["q:bars"], "positions": {}})
+        for item in ITEMS:
+            writer.add(item)
+            writer.add(Lost(item.stream, item.key, item.id, 3))
+    return path
+
+
+@pytest.mark.parametrize("item", ITEMS, ids=str)
+def test_a_line_tells_its_stream_and_its_data_without_being_decoded(item: Recorded) -> None:
+    line = encode(item)
+    assert decode(line) == item
+    assert stream_of(line) == item.stream.encode()
+    # Equal bytes, and only those: not the same value with other spaces, nor less or more of them.
+    data = item.fields.get(b"data", b"")
+    is_object = data.startswith(b'{"')
+    assert holds(line, data) == (is_object and len(item.fields) == 1)
+    assert not any(
+        holds(line, other) for other in (*PAYLOADS, b'{"spaced":1}', data[:-1], data + b"}") if other != data
+    )
+
+
+def test_neither_a_loss_nor_a_line_with_other_spaces_has_a_stream_by_its_bytes() -> None:
+    assert stream_of(encode(Lost("signals", "q:signals", "1-0", 3))) == b""
+    assert stream_of(b'{ "stream": "signals", "key": "q:signals", "id": "1-0", "data": {"a": 1}}') == b""
+
+
+def test_entries_are_taken_by_stream_and_losses_are_none(file: Path) -> None:
+    source = Source(Recording(file))
+    assert source.peek("signals", 5) == ITEMS[5]
+    assert source.peek("signals", 6) is None
+    assert source.take("signals", 2) == list(ITEMS[:2])
+    assert [entry.fields for entry in source.entries(9)] == [item.fields for item in ITEMS[6:]]
+    assert source.left() == {"signals": 4}
+
+
+def test_only_a_whole_run_of_equal_entries_is_taken_at_once(file: Path) -> None:
+    source = Source(Recording(file))
+    first, second, third = PAYLOADS
+    assert not source.take_equal("signals", [first, third])
+    assert not source.take_equal("signals", [first, second, third, b'{"spaced":1}'])
+    assert not source.take_equal("votes:nhits", [first])
+    assert source.take_equal("signals", [first, second])
+    assert source.take_equal("signals", [third])
+    assert not source.take_equal("signals", [first] * 9)
+    assert [item.id for item in source.take("signals", 9)] == ["4-0", "5-0", "6-0"]
+
+
+def test_lines_that_another_program_wrote_are_read_as_well(tmp_path: Path) -> None:
+    path = tmp_path / "foreign.jsonl.zst"
+    with Writer(path) as writer:
+        writer.header({"id": "x", "part": 1, "namespace": "q", "inputs": ["q:bars"], "positions": {}})
+        writer._put(b'{ "stream": "signals", "key": "q:signals", "id": "1-0", "data": {"a": 1}}')
+        writer._put(b'{"key":"q:events","stream":"events","id":"1-0","data":{"a":1}}')
+    source = Source(Recording(path))
+    assert source.take_equal("signals", [b'{"a":1}'])
+    assert source.left() == {}
