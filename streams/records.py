@@ -41,6 +41,12 @@ def join(group: Sequence[bytes]) -> bytes:
     return group[0] if len(group) == 1 else b"[" + b",".join(group) + b"]"
 
 
+def flat_object(row: Sequence[bytes]) -> bytes:
+    """Flat fields, name and value in turn, as one JSON object of text; bytes that are no text are escaped."""
+    texts = [part.decode(errors="backslashreplace") for part in row]
+    return orjson.dumps(dict(zip(texts[::2], texts[1::2], strict=True)))
+
+
 def unpack(value: bytes | None) -> list[bytes]:
     """The objects in a record's value, each as encoded JSON; none in an empty value.
 

@@ -175,7 +175,7 @@ def check_bar(raw: Raw, now_ms: int, limits: Limits) -> Bar:
     """
     symbol = _symbol(raw)
     interval = _interval(raw, limits)
-    if not _closed(raw):
+    if not is_closed(raw):
         raise UnclosedBarError
     ts = _timestamp(raw, interval_ms(interval), now_ms, limits)
     open_, high, low, close = (_price(raw, name) for name in ("open", "high", "low", "close"))
@@ -213,7 +213,8 @@ def _interval(raw: Raw, limits: Limits) -> str:
     return value
 
 
-def _closed(raw: Raw) -> bool:
+def is_closed(raw: Raw) -> bool:
+    """Whether a bar says that it is closed, or says nothing of it. Raises `BadBarError` with `type`."""
     value = raw.get("closed", True)
     if isinstance(value, bool):
         return value

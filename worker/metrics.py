@@ -35,6 +35,7 @@ COMMIT_RESULTS = ("ok", "fenced", "unavailable", "lost_reply", "out_of_memory", 
 CRITERIA = tuple(str(criterion) for criterion in quality.CRITERIA)
 ENSEMBLE = ("configured", "loaded", "eligible", "voting")
 STANDS = "the series of the shortest interval where most voted, of those fresh within 3 intervals of the newest bar"
+BRIDGE_OUTCOMES = ("carried", "rejected", "unclosed", "lost")
 ROLLED_BACK_BY = ("safeguard", "operator")
 
 
@@ -328,6 +329,40 @@ class Metrics:
 
     def length(self, stream: str, entries: int) -> None:
         self._length.labels(stream).set(entries)
+
+
+class BridgeMetrics:
+    """The metrics of one bridge, in a registry of its own; those it shares with a worker have the same names."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._bars = _Counts(registry, "quartet_bridge_bars", "Bars by what became of them at the bridge", "outcome")
+        self._bars.touch(BRIDGE_OUTCOMES)
+        self._records = Counter("quartet_bridge_records", "Records acknowledged by the broker", registry=registry)
+        self._rejected = _Counts(registry, "quartet_rejected", "Refused entries", "stage", "reason")
+        self._rejected.touch(("bridge",), REASONS)
+        self._lag = Gauge("quartet_stream_lag", "Entries not yet consumed", ("stream",), registry=registry)
+        self._commits = _Counts(registry, "quartet_commits", "Tries to commit by result", "result")
+        self._commits.touch(COMMIT_RESULTS)
+        self._recoveries = Counter("quartet_recoveries", "Starts that took up an earlier position", registry=registry)
+
+    def bars(self, outcome: str, n: int) -> None:
+        self._bars.add(n, outcome)
+
+    def records(self, n: int) -> None:
+        self._records.inc(n)
+
+    def rejected(self, reason: str) -> None:
+        self._rejected.add(1, "bridge", reason)
+
+    def lag(self, stream: str, entries: int) -> None:
+        self._lag.labels(stream).set(entries)
+
+    def commits(self, result: str) -> None:
+        self._commits.add(1, result)
+
+    def recoveries(self) -> None:
+        self._recoveries.inc()
 
 
 class _Counts:

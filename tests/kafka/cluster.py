@@ -121,27 +121,26 @@ def read_records(cluster: Cluster, topic: str) -> list[list[bytes]]:
     """The values in each partition of `topic`, from its first record to its present end."""
     reader = Consumer(
         {"bootstrap.servers": cluster.bootstrap, "group.id": "tests", "enable.auto.commit": False}
-        | {"enable.partition.eof": False, "auto.offset.reset": "earliest"}
+        | {"auto.offset.reset": "earliest", "fetch.wait.max.ms": 5}
     )
     try:
-        count = len(reader.list_topics(topic, TIMEOUT_S).topics[topic].partitions)
-        return [_read_partition(reader, topic, partition) for partition in range(count)]
+        places = [TopicPartition(topic, p) for p in reader.list_topics(topic, TIMEOUT_S).topics[topic].partitions]
+        bounds = [reader.get_watermark_offsets(place, TIMEOUT_S) for place in places]
+        behind = {place.partition: end for place, (first, end) in zip(places, bounds, strict=True) if first < end}
+        values: list[list[bytes]] = [[] for _ in places]
+        reader.assign([TopicPartition(topic, p, bounds[p][0]) for p in behind])
+        while behind:
+            message = reader.poll(TIMEOUT_S)
+            assert message is not None, f"{topic}: nothing more came, though these ends are not reached: {behind}"
+            assert message.error() is None, message.error()
+            partition, offset = message.partition(), message.offset()
+            if offset < behind.get(partition, 0):
+                values[partition].append(message.value())
+            if offset + 1 >= behind.get(partition, offset + 2):
+                del behind[partition]
+        return values
     finally:
         reader.close()
-
-
-def _read_partition(reader: Consumer, topic: str, partition: int) -> list[bytes]:
-    first, end = reader.get_watermark_offsets(TopicPartition(topic, partition), TIMEOUT_S)
-    values: list[bytes] = []
-    reader.assign([TopicPartition(topic, partition, first)])
-    at = first
-    while at < end:
-        message = reader.poll(TIMEOUT_S)
-        assert message is not None, f"{topic} {partition}: nothing at {at}, its end is {end}"
-        assert message.error() is None, message.error()
-        at = message.offset() + 1
-        values.append(message.value())
-    return values
 
 
 def read(cluster: Cluster, topic: str) -> list[list[Any]]:

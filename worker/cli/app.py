@@ -30,6 +30,7 @@ _COMMANDS: tuple[tuple[str, str, str], ...] = (
     ("run", "worker.cli.run:run", "Serve: bars in, votes and signals out, until SIGTERM."),
     ("check", "worker.cli.check:check", "Say what `run` would do with what is there, without consuming anything."),
     ("feed", "worker.cli.feed:feed", "An exchange's closed bars onto the stream, history first."),
+    ("bridge", "worker.cli.bridge:bridge", "Bars from Redis to Kafka, each once, to the partition of its symbol."),
     ("record", "worker.cli.record:record", "Every stream into one file, until Ctrl-C."),
     ("replay", "worker.cli.replay:replay", "A recording or a file of bars again: published, or verified."),
     ("explain", "worker.cli.explain:explain", "One signal: who voted what, who was left out and why."),
