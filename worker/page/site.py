@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
-from hashlib import sha256
 from http import HTTPStatus
 from importlib.resources import files
 from typing import Any
@@ -28,12 +26,14 @@ TYPES = {
     "svg": "image/svg+xml",
     "txt": "text/plain; charset=utf-8",
 }
-CHARTS = "lightweight-charts.standalone.production.mjs"
 _JSON = "application/json"
 _SYMBOL = re.compile(r"[A-Za-z0-9._:/-]{1,64}")
 _INTERVAL = re.compile(r"[1-9][0-9]{0,4}[smhd]")
 _COUNT = re.compile(r"[1-9][0-9]{0,2}")
-_LOGO_STYLE = re.compile(r'innerText="(a#tv-attr-logo[^"]*)"')
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
 
 Query = Mapping[str, str]
 
@@ -58,10 +58,6 @@ class Page:
         self.hub = Hub(self._reader, self.overview)
         self._folder = files("worker.page.static")
         self._names = {one.name for one in self._folder.iterdir() if one.name.rpartition(".")[2] in TYPES}
-        self._headers = {
-            "Content-Security-Policy": _policy(self._folder.joinpath(CHARTS).read_text("utf-8")),
-            "Referrer-Policy": "no-referrer",
-        }
 
     def answer(self, target: str) -> Answer | Stream | None:
         """The answer to a GET of `target`, path and query; None where nothing is there."""
@@ -69,7 +65,7 @@ class Page:
         name = parts.path.removeprefix("/") or "index.html"
         if name in self._names:
             body = self._folder.joinpath(name).read_bytes()
-            return Answer(HTTPStatus.OK, TYPES[name.rpartition(".")[2]], body, self._headers)
+            return Answer(HTTPStatus.OK, TYPES[name.rpartition(".")[2]], body, _HEADERS)
         route = _ROUTES.get(parts.path)
         if route is None:
             return None
@@ -123,10 +119,10 @@ class Page:
         messages = self.hub.watch(_pair(query))
         if messages is None:
             return self._json({"error": "too many browsers watch already"}, HTTPStatus.SERVICE_UNAVAILABLE)
-        return Stream("text/event-stream", messages, self._headers)
+        return Stream("text/event-stream", messages, _HEADERS)
 
     def _json(self, value: Any, status: HTTPStatus = HTTPStatus.OK) -> Answer:
-        return Answer(status, _JSON, orjson.dumps(value), self._headers)
+        return Answer(status, _JSON, orjson.dumps(value), _HEADERS)
 
 
 _ROUTES: Mapping[str, Callable[[Page, Query], Answer | Stream]] = {
@@ -152,10 +148,3 @@ def _since(told: Sequence[Mapping[str, Any]], agent: str, reason: str) -> int | 
         if reason and event["agent"] == agent and event["reason"] == reason:
             return int(event["ts"] or event["ms"])
     return None
-
-
-def _policy(charts: str) -> str:
-    """Nothing from elsewhere. The one style that the chart library sets itself, its logo's, is let in by its hash."""
-    logo = _LOGO_STYLE.search(charts)
-    allowed = f" 'sha256-{b64encode(sha256(logo[1].encode()).digest()).decode()}'" if logo else ""
-    return f"default-src 'self'; style-src 'self'{allowed}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

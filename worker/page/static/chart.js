@@ -30,7 +30,11 @@ export class Chart {
   constructor(element, onRow) {
     this.element = element;
     this.colours = coloursOf(element);
-    this.chart = createChart(element, { autoSize: true, crosshair: { mode: CrosshairMode.Magnet } });
+    // The logo would lie on a line, and its style is none that the page lets in: the page's foot names and links the
+    // library's maker in its place.
+    this.chart = createChart(element, {
+      autoSize: true, crosshair: { mode: CrosshairMode.Magnet }, layout: { attributionLogo: false },
+    });
     this.veil = this.chart.addCustomSeries(new Veil(this.colours), { ...NO_SCALE, priceScaleId: "" });
     this.candles = this.chart.addSeries(CandlestickSeries, { priceLineVisible: false });
     this.markers = createSeriesMarkers(this.candles, []);
@@ -63,9 +67,8 @@ export class Chart {
   #paint() {
     Object.assign(this.colours, coloursOf(this.element));
     const { card, quiet, line, buy, sell, grey, ink } = this.colours;
-    // The logo would lie on a line: the page's foot names and links the library's maker in its place.
     this.chart.applyOptions({
-      layout: { background: { color: card }, textColor: quiet, fontSize: 11, attributionLogo: false, panes: { separatorColor: line, enableResize: false } },
+      layout: { background: { color: card }, textColor: quiet, fontSize: 11, panes: { separatorColor: line, enableResize: false } },
       grid: { vertLines: { color: line }, horzLines: { color: line } },
       rightPriceScale: { borderColor: line },
       timeScale: { borderColor: line, timeVisible: true, secondsVisible: false, rightOffset: 2, minBarSpacing: 0.4 },
