@@ -108,68 +108,49 @@ def reload_models(
     _order(settings, "reload", agent, None, 0 if no_wait else wait, as_json=as_json)
 
 
-@app.command("canary")
-@with_settings
-def canary(
-    settings: Settings,
-    agent: Agent,
-    file: ModelFile,
-    wait: Wait = WAIT_S,
-    no_wait: NoWait = False,
-    as_json: OneEvent = False,
-) -> None:
-    """Put a new version beside the running one, with a tenth of the weight; any violation rolls it back."""
-    _order(settings, "canary", agent, file, 0 if no_wait else wait, as_json=as_json)
+TRIALS = {
+    "canary": "Put a new version beside the running one, with a tenth of the weight; any violation rolls it back.",
+    "shadow": "Put a new version beside the running one, with weight 0.",
+}
+STEPS = {
+    "promote": "Give the agent's seat to its canary or shadow; refused unless the gate passes with 200 votes.",
+    "rollback": "Take the canary or shadow away or, where there is none, serve again what served before.",
+    "mute": "Take the agent's weight away until it is unmuted; its votes are still written.",
+    "unmute": "Let a muted agent vote again, from an empty window.",
+}
 
 
-@app.command("shadow")
-@with_settings
-def shadow(
-    settings: Settings,
-    agent: Agent,
-    file: ModelFile,
-    wait: Wait = WAIT_S,
-    no_wait: NoWait = False,
-    as_json: OneEvent = False,
-) -> None:
-    """Put a new version beside the running one, with weight 0."""
-    _order(settings, "shadow", agent, file, 0 if no_wait else wait, as_json=as_json)
+def _add_trial(order: str, text: str) -> None:
+    """`quartet models ORDER AGENT FILE`."""
+
+    @app.command(order, help=text)
+    @with_settings
+    def give(
+        settings: Settings,
+        agent: Agent,
+        file: ModelFile,
+        wait: Wait = WAIT_S,
+        no_wait: NoWait = False,
+        as_json: OneEvent = False,
+    ) -> None:
+        _order(settings, order, agent, file, 0 if no_wait else wait, as_json=as_json)
 
 
-@app.command("promote")
-@with_settings
-def promote(
-    settings: Settings, agent: Agent, wait: Wait = WAIT_S, no_wait: NoWait = False, as_json: OneEvent = False
-) -> None:
-    """Give the agent's seat to its canary or shadow; refused unless the gate passes with 200 votes."""
-    _order(settings, "promote", agent, None, 0 if no_wait else wait, as_json=as_json)
+def _add_step(order: str, text: str) -> None:
+    """`quartet models ORDER AGENT`."""
+
+    @app.command(order, help=text)
+    @with_settings
+    def give(
+        settings: Settings, agent: Agent, wait: Wait = WAIT_S, no_wait: NoWait = False, as_json: OneEvent = False
+    ) -> None:
+        _order(settings, order, agent, None, 0 if no_wait else wait, as_json=as_json)
 
 
-@app.command("rollback")
-@with_settings
-def rollback(
-    settings: Settings, agent: Agent, wait: Wait = WAIT_S, no_wait: NoWait = False, as_json: OneEvent = False
-) -> None:
-    """Take the canary or shadow away or, where there is none, serve again what served before."""
-    _order(settings, "rollback", agent, None, 0 if no_wait else wait, as_json=as_json)
-
-
-@app.command("mute")
-@with_settings
-def mute(
-    settings: Settings, agent: Agent, wait: Wait = WAIT_S, no_wait: NoWait = False, as_json: OneEvent = False
-) -> None:
-    """Take the agent's weight away until it is unmuted; its votes are still written."""
-    _order(settings, "mute", agent, None, 0 if no_wait else wait, as_json=as_json)
-
-
-@app.command("unmute")
-@with_settings
-def unmute(
-    settings: Settings, agent: Agent, wait: Wait = WAIT_S, no_wait: NoWait = False, as_json: OneEvent = False
-) -> None:
-    """Let a muted agent vote again, from an empty window."""
-    _order(settings, "unmute", agent, None, 0 if no_wait else wait, as_json=as_json)
+for _name, _text in TRIALS.items():
+    _add_trial(_name, _text)
+for _name, _text in STEPS.items():
+    _add_step(_name, _text)
 
 
 def _order(settings: Settings, order: str, agent: str, file: Path | None, wait_s: float, *, as_json: bool) -> None:
