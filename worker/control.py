@@ -222,12 +222,12 @@ def reload(group: AgentGroup, loading: Loading, order: Order | None) -> Event:
     return Event("reload", agent=agent, detail=detail, evidence={**told, **_swap(loading.model, replaced)})
 
 
-def skipped(group: AgentGroup, agent: str, order: Order) -> Event:
-    """A reload of all leaves out an agent that was promoted or rolled back."""
+def skipped(group: AgentGroup, agent: str, evidence: Mapping[str, Any]) -> Event:
+    """A reload of all, or a newer file in the folder, leaves out an agent that was promoted or rolled back."""
     artifact = group.records[agent].artifact
     serves = artifact.version if artifact else "nothing"
     detail = f"it is pinned to {serves} by a promotion or rollback: `quartet models reload {agent}` takes the newest"
-    return Event("reload_skipped", agent=agent, reason="pinned", detail=detail, evidence=order.evidence())
+    return Event("reload_skipped", agent=agent, reason="pinned", detail=detail, evidence=evidence)
 
 
 def _swap(model: Model, replaced: Artifact | None) -> dict[str, Any]:

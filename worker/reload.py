@@ -96,6 +96,14 @@ class Shelf:
         self._served = {}
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a look at the folder found: artifacts that were loaded, and of pinned agents the newer file."""
+
+    loadings: Sequence[Loading] = ()
+    waiting: Mapping[str, str] = field(default_factory=dict)
+
+
 class Watcher:
     """Which artifact of the folder is new, complete and ranks above the one that serves."""
 
@@ -173,7 +181,8 @@ class Steering:
         self._threads = ThreadPoolExecutor(1, "loader", initializer=compute_alone)
         self._queue: deque[Pending] = deque()
         self._watcher: Watcher | None = None
-        self._look: Future[list[Loading]] | None = None
+        self._look: Future[Found] | None = None
+        self._told: dict[str, str] = {}
 
     @property
     def waiting(self) -> bool:
@@ -183,7 +192,7 @@ class Steering:
     def start(self, loadings: Sequence[Loading]) -> None:
         """Forget what waits, which will be read again; `loadings` are what serves or was refused."""
         self._queue.clear()
-        self._look = None
+        self._look, self._told = None, {}
         judged = {x.agent: x.passed_over[0] if x.passed_over else x.candidate for x in loadings}
         known = {agent: candidate.file.name for agent, candidate in judged.items() if candidate is not None}
         self._watcher = Watcher(self.shelf.models, known)
@@ -207,10 +216,15 @@ class Steering:
     def look(self, group: AgentGroup) -> None:
         """Look at the folder, in the background; what is new is loaded there."""
         if self._look is None and self._watcher is not None:
-            self._look = self._threads.submit(self._look_now, self._watcher, watched(group))
+            self._look = self._threads.submit(self._look_now, self._watcher, watched(group), pinned(group))
 
-    def _look_now(self, watcher: Watcher, serving: Mapping[str, str]) -> list[Loading]:
-        return [_loaded(partial(self.shelf.newest, agent), agent) for agent in watcher.look(serving)]
+    def _look_now(self, watcher: Watcher, free: Mapping[str, str], pins: Mapping[str, str]) -> Found:
+        changed = watcher.look({**free, **pins})
+        newer = {agent: _newer(self.shelf.models, agent, pins[agent]) for agent in changed if agent in pins}
+        return Found(
+            [_loaded(partial(self.shelf.newest, agent), agent) for agent in changed if agent in free],
+            {agent: file for agent, file in newer.items() if file},
+        )
 
     def take(self, group: AgentGroup) -> Steered:
         """Change the agents by all that is ready, in order; between two batches only."""
@@ -223,11 +237,18 @@ class Steering:
             steered += Steered(events=self._found(group, found))
         return steered
 
-    def _found(self, group: AgentGroup, found: Sequence[Loading]) -> list[Event]:
+    def _found(self, group: AgentGroup, found: Found) -> list[Event]:
         """Swap in what the folder has brought; an agent that was pinned meanwhile, or the same bytes, stay."""
-        free = watched(group)
-        changed = [x for x in found if x.agent in free and not _serves(group, x)]
-        return [control.reload(group, loading, None) for loading in changed]
+        free, pins = watched(group), pinned(group)
+        changed = [x for x in found.loadings if x.agent in free and not _serves(group, x)]
+        waiting = {
+            agent: file for agent, file in found.waiting.items() if agent in pins and self._told.get(agent) != file
+        }
+        self._told |= waiting
+        return [
+            *(control.reload(group, loading, None) for loading in changed),
+            *(control.skipped(group, agent, {"file": file}) for agent, file in waiting.items()),
+        ]
 
     def _attempt(self, pending: Pending, group: AgentGroup) -> Steered | None:
         """Carry out one order; None while its models are being loaded."""
@@ -262,7 +283,7 @@ class Steering:
         if order.order == "reload":
             events = [control.reload(group, loading, order) for loading in loaded]
             left_out = [] if order.agent else [a for a in self.agents if a not in {x.agent for x in loaded}]
-            return [*events, *(control.skipped(group, agent, order) for agent in left_out)]
+            return [*events, *(control.skipped(group, agent, order.evidence()) for agent in left_out)]
         if order.order in control.TRIALS:
             nothing = Loading(order.agent)
             return [control.begin_trial(group, order, loaded[0] if loaded else nothing)]
@@ -281,6 +302,21 @@ def watched(group: AgentGroup) -> dict[str, str]:
         for agent, record in group.records.items()
         if not record.pinned and record.trial is None
     }
+
+
+def pinned(group: AgentGroup) -> dict[str, str]:
+    """The agents that a promotion or rollback pinned, and the file to which, if any."""
+    return {
+        agent: Path(record.artifact.file).name if record.artifact else ""
+        for agent, record in group.records.items()
+        if record.pinned and record.trial is None
+    }
+
+
+def _newer(models: Path, agent: str, file: str) -> str:
+    """The file that the folder selects for `agent`, if it ranks above `file`."""
+    best, pin = next(iter(discover(models, agent)), None), candidate_of(Path(file), agent) if file else None
+    return best.file.name if best is not None and (pin is None or ranks_above(best, pin)) else ""
 
 
 def _serves(group: AgentGroup, loading: Loading) -> bool:

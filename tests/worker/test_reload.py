@@ -297,6 +297,26 @@ def test_a_pinned_artifact_that_is_gone_is_refused_not_replaced(desk, versions, 
     assert one.votes()[-1]["version"] == SECOND
 
 
+def test_a_newer_file_of_a_pinned_agent_is_said_once_to_wait(desk, versions, models):
+    one = desk(watch_s=0.001)
+    one.feed(BARS[:100])
+    put(versions, SECOND, models)
+    turn_until(one, lambda: one.events("reload"))
+    one.order("rollback", "xgboost")
+    looks(one, 4)
+    assert one.events("reload_skipped") == [], "the order's own answer has said that the newer file waits"
+    put(versions, LAZY, models)
+    turn_until(one, lambda: one.events("reload_skipped"))
+    looks(one, 4)
+    (models / f"xgboost_{FIRST}_meta.json").touch()
+    looks(one, 4)
+    (event,) = one.events("reload_skipped")
+    assert (event["agent"], event["reason"], event["evidence"]["file"]) == ("xgboost", "pinned", f"xgboost_{LAZY}.ubj")
+    assert "models reload xgboost" in event["detail"]
+    one.feed(BARS[100:120])
+    assert one.versions() == [FIRST]
+
+
 def test_a_swap_empties_the_safeguards_window_and_keeps_an_operators_mute(desk, versions, models):
     one = desk()
     one.feed(BARS[:200])
