@@ -6,6 +6,17 @@ from dataclasses import dataclass
 
 DEFAULT_NAMESPACE = "quartet"
 
+CHAIN = "chain"
+"""The name, among owners, of all stages in one process."""
+FEATURES = "features"
+CONSENSUS = "consensus"
+_AGENT = "agent:"
+
+
+def agent_stage(agent: str) -> str:
+    """The name of the stage of one agent."""
+    return _AGENT + agent
+
 
 @dataclass(frozen=True, slots=True)
 class Keys:

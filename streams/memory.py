@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from streams.messages import Entry
 from streams.store import (
@@ -100,6 +100,11 @@ class MemoryStore:
         return Snapshot(self.position, {part: dict(self.state.get(part, {})) for part in parts})
 
     def read(self, position: Position, keys: Sequence[str], count: int) -> Batch:
+        batch = self.read_each(position, keys, count)
+        entries = batch.entries if len(keys) == 1 else sorted(batch.entries, key=lambda entry: id_tuple(entry.id))
+        return replace(batch, entries=entries[:count])
+
+    def read_each(self, position: Position, keys: Sequence[str], count: int) -> Batch:
         entries: list[Entry] = []
         for key in keys:
             known = position.inputs.get(key)
@@ -107,10 +112,8 @@ class MemoryStore:
                 check_input(key, known, self.streams.facts(key))
             rows = self.streams.after(key, known.id if known else FIRST_ID)[:count]
             entries += [Entry(key, entry_id, fields) for entry_id, fields in rows]
-        if len(keys) > 1:
-            entries.sort(key=lambda entry: id_tuple(entry.id))
         facts = {key: self.streams.facts(key) for key in keys if key in self.streams.streams}
-        return Batch(entries[:count], facts)
+        return Batch(entries, facts)
 
     def wait(self, position: Position, keys: Sequence[str], timeout_s: float) -> bool:
         """Whether there is an entry after `position`; a memory stream never makes anybody wait."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
@@ -31,7 +32,7 @@ from redis.exceptions import (
 )
 from redis.retry import Retry
 
-from streams.keys import Keys
+from streams.keys import CHAIN, Keys
 from streams.messages import Entry
 from streams.store import (
     FIRST_ID,
@@ -154,10 +155,14 @@ def _reason(error: Exception) -> str:
 
 
 class RedisStore:
-    """One stage of one namespace on a server. Needs `acquire` before `commit`."""
+    """One stage of one namespace on a server. Needs `acquire` before `commit`.
+
+    The parts of the state of `chain`, all stages in one, are kept under their names, those of any other stage
+    under `<stage>:<part>`.
+    """
 
     def __init__(
-        self, client: redis.Redis, keys: Keys, stage: str = "chain", *, lease_s: float = 2.0, retain: int = 1_000_000
+        self, client: redis.Redis, keys: Keys, stage: str = CHAIN, *, lease_s: float = 2.0, retain: int = 1_000_000
     ) -> None:
         self.client = client
         self.keys = keys
@@ -172,6 +177,10 @@ class RedisStore:
         self._script = files("streams").joinpath("commit.lua").read_text("utf-8")
         self._sha: str | None = None
         self._keys = (keys.owner(stage), keys.lease(stage))
+
+    def state_key(self, part: str) -> str:
+        """The key of a part of this stage's state."""
+        return self.keys.state(part if self.stage == CHAIN else f"{self.stage}:{part}")
 
     def acquire(self) -> bool:
         """Become the owner unless another instance is alive; makes every other's commits void."""
@@ -208,7 +217,7 @@ class RedisStore:
         pipe = self.client.pipeline(transaction=True)
         pipe.hmget(self._keys[0], "epoch", "instance", "position")
         for part in parts:
-            pipe.hgetall(self.keys.state(part))
+            pipe.hgetall(self.state_key(part))
         (epoch, instance, stored), *state = _guarded(pipe.execute)
         self._check_owner(epoch, instance)
         self._committed = stored or b""
@@ -217,7 +226,16 @@ class RedisStore:
         return Snapshot(Position.decode(position), dict(zip(parts, state, strict=True)))
 
     def read(self, position: Position, keys: Sequence[str], count: int) -> Batch:
-        """Entries after `position` and the facts of each stream, at one moment.
+        """Entries after `position` by their IDs, at most `count`, and the facts of each stream, at one moment.
+
+        Raises what `read_each` does.
+        """
+        batch = self.read_each(position, keys, count)
+        entries = batch.entries if len(keys) == 1 else sorted(batch.entries, key=lambda entry: id_tuple(entry.id))
+        return replace(batch, entries=entries[:count])
+
+    def read_each(self, position: Position, keys: Sequence[str], count: int) -> Batch:
+        """At most `count` entries of each key after `position`, key by key, and the facts of each, at one moment.
 
         Raises `InputLostError` where an input no longer holds what follows the position, but first what
         `commit` would raise: a server that went back in time has lost input too.
@@ -239,7 +257,7 @@ class RedisStore:
                 check_input(key, position.inputs[key], known.get(key, GONE))
         if isinstance(streams, Exception):
             raise _translated(streams)
-        return Batch(_merged(streams, count), known, seconds * 1000 + micros // 1000)
+        return Batch(_entries(streams), known, seconds * 1000 + micros // 1000)
 
     def wait(self, position: Position, keys: Sequence[str], timeout_s: float) -> bool:
         """Block until an entry follows `position`, at most `timeout_s` seconds."""
@@ -298,11 +316,11 @@ class RedisStore:
         outputs = [[number(o.key), self._retain, o.ids, o.payloads] for o in commit.outputs if o.ids]
         appends = [[number(key), self._retain, rows] for key, rows in commit.appends.items() if rows]
         hashes = [
-            [number(self.keys.state(part)), [x for pair in fields for x in pair]]
+            [number(self.state_key(part)), [x for pair in fields for x in pair]]
             for part, fields in commit.state.items()
             if fields
         ]
-        drops = [number(self.keys.state(part)) for part in commit.drops]
+        drops = [number(self.state_key(part)) for part in commit.drops]
         packed: bytes = msgpack.packb([outputs, appends, hashes, drops], use_bin_type=False)
         return list(numbers), packed
 
@@ -381,14 +399,9 @@ def _translated(error: Exception, key: str = "") -> Exception:
     return error
 
 
-def _merged(streams: Any, count: int) -> list[Entry]:
-    """The entries of all inputs in the order of their IDs, at most `count`."""
-    entries = [
-        Entry(key.decode(), entry_id.decode(), fields) for key, rows in streams or () for entry_id, fields in rows
-    ]
-    if len(streams or ()) > 1:
-        entries.sort(key=lambda entry: id_tuple(entry.id))
-    return entries[:count]
+def _entries(streams: Any) -> list[Entry]:
+    """The entries of all inputs, key by key."""
+    return [Entry(key.decode(), entry_id.decode(), fields) for key, rows in streams or () for entry_id, fields in rows]
 
 
 def _misuse(reply: list[bytes]) -> str:

@@ -182,6 +182,14 @@ class Store(Protocol):
         ...
 
 
+class JoiningStore(Store, Protocol):
+    """A store that can read several streams side by side, as who joins them needs it."""
+
+    def read_each(self, position: Position, keys: Sequence[str], count: int) -> Batch:
+        """At most `count` entries of each key after `position`, key by key, all at one moment."""
+        ...
+
+
 def check_input(key: str, position: InputPosition, facts: StreamFacts) -> None:
     """Raise `InputLostError` where the input was trimmed past the position, recreated, rewound or deleted.
 

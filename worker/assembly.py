@@ -135,6 +135,7 @@ def pipeline_factory(settings: Settings) -> Callable[[Sequence[Seat]], Pipeline]
             seats,
             quorum=settings.quorum,
             limits=limits_of(settings),
+            feature_sets=settings.feature_sets,
             warmup_bars=settings.warmup_bars,
             window_capacity=settings.window_capacity,
             quality=settings.quality,

@@ -72,7 +72,7 @@ class Ballot:
     `action` codes of `Action`, `confidence` in 0..1, `outputs` `[R, K]` raw (None without a model; a
     row of an abstention without outputs has `answered` False), `state` codes into `STATES`. `present`
     bool `[R]`, None for all: a canary that was rolled back has no vote after that row. `features` are those
-    that the model read; none named where there is no model.
+    that the model read; none named where there is no model. `versions` `[R]`, None where all are `version`.
     """
 
     agent: str
@@ -86,6 +86,7 @@ class Ballot:
     reason: tuple[str | None, ...]
     present: NDArray[np.bool_] | None = None
     features: tuple[str, ...] = ()
+    versions: tuple[str | None, ...] | None = None
 
     @property
     def rows(self) -> list[int]:

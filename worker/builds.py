@@ -42,8 +42,11 @@ def deciding(settings: Settings) -> dict[str, Any]:
     return kept | {"bars": list(settings.input_keys)}
 
 
-def started(settings: Settings, loadings: Sequence[Loading], position: Position) -> Event:
-    """The event of a start: everything that a replay needs besides the bars, and where it took effect."""
+def started(settings: Settings, loadings: Sequence[Loading], position: Position, **stage: Any) -> Event:
+    """The event of a start: everything that a replay needs besides the bars, and where it took effect.
+
+    `stage` is what a process says of itself that runs one stage only: its name, and which feature sets it computes.
+    """
     program = build()
     evidence = {
         "settings": deciding(settings),
@@ -55,6 +58,7 @@ def started(settings: Settings, loadings: Sequence[Loading], position: Position)
             else {"refused": str(x.refusal.reason) if x.refusal else ""}
             for x in loadings
         },
+        **stage,
     }
     detail = f"quartet {program.get('quartet-worker', 'not installed')}"
     return placed(Event("started", detail=detail, evidence=evidence), position)

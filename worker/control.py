@@ -110,6 +110,11 @@ def mute(group: AgentGroup, order: Order) -> Event:
     )
 
 
+def is_muted(group: AgentGroup, agent: str) -> bool:
+    """Whether the safeguard or an operator muted the agent."""
+    return group.safeguard.status(agent, AgentState.ACTIVE)[1] is not None
+
+
 def unmute(group: AgentGroup, order: Order) -> Event:
     """The agent votes again, from an empty window, with its re-admissions given back."""
     _, why = group.safeguard.status(order.agent, AgentState.ACTIVE)

@@ -30,18 +30,10 @@ def commit_of(
     further_rejects: Sequence[Reject] = (),
 ) -> Commit:
     """Outputs, rejects, events, state and position of one batch; `further` ones come first."""
-    ids = result.voted_ids
     outputs = [
-        Output(keys.features, result.accepted.ids, [to_json(m) for m in feature_messages(result.vectors)]),
-        *(
-            Output(
-                keys.votes(ballot.agent),
-                [ids[row] for row in ballot.rows],
-                [to_json(m) for m in vote_messages(result.voted_bars, ballot)],
-            )
-            for ballot in result.ballots
-        ),
-        Output(keys.signals, ids, [to_json(m) for m in signal_messages(result)]),
+        features_output(keys, result.vectors),
+        *votes_outputs(keys, result.vectors, result.ballots),
+        signals_output(keys, result),
     ]
     return Commit(
         position=position,
@@ -55,13 +47,38 @@ def commit_of(
     )
 
 
+def features_output(keys: Keys, vectors: Vectors) -> Output:
+    """One vector for each accepted bar."""
+    return Output(keys.features, vectors.accepted.ids, [to_json(m) for m in feature_messages(vectors)])
+
+
+def votes_outputs(keys: Keys, vectors: Vectors, ballots: Sequence[Ballot]) -> list[Output]:
+    """Each agent's votes, under the IDs of their vectors."""
+    ids, bars = vectors.voted_ids, vectors.bars
+    return [
+        Output(keys.votes(b.agent), [ids[row] for row in b.rows], [to_json(m) for m in vote_messages(bars, b)])
+        for b in ballots
+    ]
+
+
+def signals_output(keys: Keys, result: Result) -> Output:
+    """The signals, under the IDs of their vectors."""
+    return Output(keys.signals, result.voted_ids, [to_json(m) for m in signal_messages(result)])
+
+
 def encoded_events(events: Sequence[Event]) -> list[list[bytes]]:
     """Events as flat fields."""
     return [[b"data", encode_event(event)] for event in events]
 
 
+RESTART, STALE, WITHHELD, WARMING = "restart", "stale", "withheld", "warming:"
+"""What `flags` of a vector can say: its series starts anew with it, its bar came too late, the feed was unhealthy
+then, and after the last one which set, other than v3, is not ready yet."""
+
+
 def feature_messages(vectors: Vectors) -> Iterator[dict[str, Any]]:
     """One feature vector for each accepted bar, as on the stream; one at a time, for they are large."""
+    flags = _flags(vectors)
     contracts = {name: FEATURE_SETS[name].contract for name in vectors.ready}
     names, ready = vectors.names, vectors.ready[V3.name].tolist()
     for row, bar in enumerate(vectors.accepted.bars):
@@ -75,18 +92,38 @@ def feature_messages(vectors: Vectors) -> Iterator[dict[str, Any]]:
             "contracts": contracts,
             "values": dict(zip(names, vectors.values[row].tolist(), strict=True)),
         }
+        if row in flags:
+            message["flags"] = flags[row]
         yield _without_left(vectors, row, message) if vectors.leaves else message
+
+
+def _flags(vectors: Vectors) -> dict[int, list[str]]:
+    """Row to its flags, for the few rows that have any."""
+    accepted = vectors.accepted
+    columns = {RESTART: accepted.restart, STALE: accepted.stale, WITHHELD: accepted.withheld}
+    columns |= {WARMING + name: ~ready for name, ready in vectors.ready.items() if name != V3.name}
+    flags: dict[int, list[str]] = {}
+    for name, column in columns.items():
+        for row in np.flatnonzero(column).tolist():
+            flags.setdefault(row, []).append(name)
+    return flags
 
 
 def _without_left(vectors: Vectors, row: int, message: dict[str, Any]) -> dict[str, Any]:
     """The message without the feature sets that nothing reads on this row any more."""
     kept = [name for name in vectors.ready if row <= vectors.leaves.get(name, row)]
     names = union([FEATURE_SETS[name] for name in kept])
-    return {
+    left = {
         **message,
         "contracts": {name: message["contracts"][name] for name in kept},
         "values": {name: message["values"][name] for name in names},
     }
+    if "flags" in message:
+        gone = {WARMING + name for name in vectors.ready if name not in kept}
+        left["flags"] = [flag for flag in message["flags"] if flag not in gone]
+        if not left["flags"]:
+            del left["flags"]
+    return left
 
 
 def vote_messages(bars: Sequence[Bar], ballot: Ballot) -> Iterator[dict[str, Any]]:
@@ -147,9 +184,9 @@ def signal_messages(result: Result) -> Iterator[dict[str, Any]]:
 
 def _signal_votes(result: Result) -> Iterator[dict[str, Any]]:
     """Agent to its vote, for each ready vector."""
-    agents = [ballot.agent for ballot in result.ballots]
+    agents = [ballot.agent for ballot in result.counted]
     columns = [
-        _told(ballot, weights) for ballot, weights in zip(result.ballots, result.signals.effective.T, strict=True)
+        _told(ballot, weights) for ballot, weights in zip(result.counted, result.signals.effective.T, strict=True)
     ]
     for row in zip(*columns, strict=True):
         yield {agent: vote for agent, vote in zip(agents, row, strict=True) if vote is not None}
@@ -157,13 +194,14 @@ def _signal_votes(result: Result) -> Iterator[dict[str, Any]]:
 
 def _told(ballot: Ballot, effective: NDArray[np.float64]) -> Iterator[dict[str, Any] | None]:
     """What a signal tells of one agent's vote, row by row; None where it has none."""
-    version, weight = ballot.version, ballot.weight
+    weight = ballot.weight
     rows = zip(
         *(ballot.action.tolist(), ballot.confidence.tolist(), effective.tolist()),
-        *(ballot.state.tolist(), ballot.reason, _present(ballot)),
+        *(ballot.state.tolist(), ballot.reason, ballot.versions or [ballot.version] * len(ballot.action)),
+        _present(ballot),
         strict=True,
     )
-    for action, confidence, effective_weight, state, reason, present in rows:
+    for action, confidence, effective_weight, state, reason, version, present in rows:
         told = {
             "action": _ACTIONS[action],
             "confidence": confidence,

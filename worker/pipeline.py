@@ -38,7 +38,11 @@ PARTS = (*features.PARTS, *agents.PARTS, *consensus_stage.PARTS)
 
 @dataclass(frozen=True)
 class Result:
-    """What a batch came to. The rows of `ballots` and `signals` are those of `vectors.index`."""
+    """What a batch came to. The rows of `ballots` and `signals` are those of `vectors.index`.
+
+    `decided_on` are the ballots behind the signals where they are others than those that were cast: of agents
+    that were too late.
+    """
 
     accepted: Accepted
     vectors: Vectors
@@ -47,6 +51,12 @@ class Result:
     state: Mapping[str, Fields]
     events: Sequence[Event] = field(default_factory=list)
     drops: Sequence[str] = ()
+    decided_on: Sequence[Ballot] | None = None
+
+    @property
+    def counted(self) -> Sequence[Ballot]:
+        """The ballots behind the signals."""
+        return self.ballots if self.decided_on is None else self.decided_on
 
     @property
     def rejects(self) -> Sequence[Reject]:

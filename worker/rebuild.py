@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from structlog.typing import FilteringBoundLogger
 
 from streams.messages import Entry
 from streams.redis import with_baseline
 from streams.store import Batch, Position, Store, id_tuple
-from worker.pipeline import Pipeline
+from worker.batches import Fields
 
 BATCH = 256
 DECIDED_THEN = (b"future", b"poison")
@@ -22,13 +24,36 @@ class Rebuilt:
 
     bars: int
     missing: Mapping[str, int]
-    state: Mapping[str, Sequence[tuple[bytes, bytes]]] = field(default_factory=dict)
+    state: Mapping[str, Fields] = field(default_factory=dict)
+
+    @property
+    def what(self) -> str:
+        return f"state computed anew from {self.bars} retained bars"
+
+    def plus(self, part: str, fields: Fields) -> Rebuilt:
+        """With what no entry of the input explains."""
+        return replace(self, state={**self.state, part: fields})
+
+    def tell(self, log: FilteringBoundLogger) -> None:
+        """Log what was done, and what could not be."""
+        log.info("state rebuilt from the input", bars=self.bars)
+        for key, missing in self.missing.items():
+            if missing:
+                log.warning(
+                    "the input was trimmed: indicators start at its first entry and differ from before",
+                    key=key,
+                    missing=missing,
+                )
+
+
+Compute = Callable[[Sequence[Entry], frozenset[tuple[str, str]]], tuple[int, Mapping[str, Fields]]]
+"""Takes entries, and those that are left out; gives how many bars they were and the state fields they change."""
 
 
 def rebuild(
-    pipeline: Pipeline, store: Store, position: Position, now_ms: int, rejected: str, reaching: Callable[..., Batch]
+    compute: Compute, store: Store, position: Position, rejected: str, reaching: Callable[..., Batch]
 ) -> Rebuilt:
-    """Bring a fresh `pipeline` to the committed `position` from the retained input.
+    """Bring a fresh stage to the committed `position` from the retained input.
 
     `rejected` is the key of the rejected stream; `reaching` calls until the server answers. The
     state is every field that the commits up to `position` would have left behind.
@@ -38,11 +63,10 @@ def rebuild(
     fields: dict[str, dict[bytes, bytes]] = defaultdict(dict)
     bars = 0
     for entries in _consumed(store, position, missing, reaching):
-        result = pipeline.process(entries, now_ms, poison=left_out)
-        bars += len(result.accepted)
-        for part, changed in result.state.items():
+        n, state = compute(entries, left_out)
+        bars += n
+        for part, changed in state.items():
             fields[part].update(changed)
-    fields["agents"].update(pipeline.agents.record_changes())
     return Rebuilt(bars, missing, {part: list(found.items()) for part, found in fields.items()})
 
 

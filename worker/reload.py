@@ -164,20 +164,30 @@ class Steered:
 
 @dataclass
 class Pending:
-    """An order that waits for its turn and its models. `entry` is None where it did not come over the stream."""
+    """An order that waits for its turn and its models. `entry` is None where it did not come over the stream.
+
+    One that is `passed_over` is another process's to carry out or to refuse.
+    """
 
     entry: Entry | None
     order: Order | None
     problem: str = ""
+    passed_over: bool = False
     loads: list[Future[Loading]] | None = field(default=None)
 
 
 class Steering:
-    """Orders and the models folder, for one worker's loop: nothing here waits, `take` gives what is ready."""
+    """Orders and the models folder, for one worker's loop: nothing here waits, `take` gives what is ready.
 
-    def __init__(self, agents: Sequence[str], shelf: Shelf) -> None:
+    `configured` are all agents where this process serves only some: orders for others are passed over then, and
+    what is no order, or asks for what nobody can do, is answered by the consensus stage.
+    """
+
+    def __init__(self, agents: Sequence[str], shelf: Shelf, configured: Sequence[str] = ()) -> None:
         self.agents = agents
         self.shelf = shelf
+        self._configured = configured or agents
+        self._alone = self._configured == agents
         self._threads = ThreadPoolExecutor(1, "loader", initializer=compute_alone)
         self._queue: deque[Pending] = deque()
         self._watcher: Watcher | None = None
@@ -203,11 +213,14 @@ class Steering:
 
     def receive(self, entries: Iterable[Entry]) -> None:
         """Queue the entries of the control stream."""
-        for entry in entries:
-            try:
-                self._queue.append(Pending(entry, control.parse(entry, self.agents)))
-            except BadOrderError as error:
-                self._queue.append(Pending(entry, None, str(error)))
+        self._queue.extend(self._pending(entry) for entry in entries)
+
+    def _pending(self, entry: Entry) -> Pending:
+        try:
+            order = control.parse(entry, self._configured)
+        except BadOrderError as error:
+            return Pending(entry, None, str(error), passed_over=not self._alone)
+        return Pending(entry, order, passed_over=order.agent not in ("", *self.agents))
 
     def reload_all(self, by: str) -> None:
         """As the order, without an entry of the stream: for a signal."""
@@ -253,6 +266,8 @@ class Steering:
     def _attempt(self, pending: Pending, group: AgentGroup) -> Steered | None:
         """Carry out one order; None while its models are being loaded."""
         entries = () if pending.entry is None else (pending.entry,)
+        if pending.passed_over:
+            return Steered(entries)
         if pending.order is None:
             rejects = [Reject(entry, control.REASON, pending.problem, control.STAGE) for entry in entries]
             return Steered(entries, rejects=rejects)
@@ -291,6 +306,8 @@ class Steering:
             if group.records[order.agent].trial is not None:
                 return [control.end_trial(group, order)]
             return [control.go_back(group, order, loaded[0] if loaded else None)]
+        if order.order == "unmute" and not self._alone and not control.is_muted(group, order.agent):
+            return []
         act = {"mute": control.mute, "unmute": control.unmute, "promote": control.promote}[order.order]
         return [act(group, order)]
 

@@ -9,13 +9,16 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from streams.messages import CANARY, Action, AgentState, Event, Reason, Status
+from streams.messages import CANARY, Action, AgentState, Event, Reason, Reject, Status
 from streams.store import Position, StreamFacts
-from worker.batches import Ballot, Signals
+from worker.batches import Ballot, Signals, Vectors
 from worker.drift import DriftWatch
+from worker.intake import Accepted
 from worker.metrics import CRITERIA, ENSEMBLE, Metrics
 from worker.pipeline import Pipeline, Result
 from worker.scoreboard import CONSENSUS
+from worker.stages.agents import AgentGroup
+from worker.stages.consensus import ConsensusStage
 from worker.status import Status as WorkerStatus
 
 CRITERIA_NAMES = frozenset(CRITERIA)
@@ -46,18 +49,45 @@ class Sensors:
 
     def batch(self, result: Result, committed_ms: int) -> None:
         """Count a batch after its commit."""
-        for outcome, n in result.accepted.outcomes.items():
+        self.taken(result.accepted)
+        self.voted(result.vectors, result.ballots)
+        self.decided(result, committed_ms)
+
+    def taken(self, accepted: Accepted) -> None:
+        """What came in."""
+        for outcome, n in accepted.outcomes.items():
             self.metrics.bars(outcome, n)
-        for flag, n in result.accepted.flags.items():
+        for flag, n in accepted.flags.items():
             self.metrics.flag(flag, n)
-        for (stage, reason), n in Counter((r.stage, r.reason) for r in result.rejects).items():
+        self.rejected(accepted.rejects)
+
+    def rejected(self, rejects: Sequence[Reject]) -> None:
+        for (stage, reason), n in Counter((r.stage, r.reason) for r in rejects).items():
             self.metrics.rejected(stage, reason, n)
-        if len(result.vectors.index):
-            for ballot in result.ballots:
+
+    def voted(self, vectors: Vectors, ballots: Sequence[Ballot]) -> None:
+        """What agents said, and of what."""
+        if len(vectors.index):
+            for ballot in ballots:
                 self._votes(ballot)
+            self._drift.push(vectors.names, vectors.values[vectors.index])
+
+    def decided(self, result: Result, committed_ms: int) -> None:
+        """What became of it, and when."""
+        if len(result.vectors.index):
             self._signals(result.signals)
             self._latency(result, committed_ms)
-            self._drift.push(result.vectors.names, result.vectors.values[result.vectors.index])
+
+    def missed(self, ballots: Sequence[Ballot]) -> None:
+        """Abstentions that stand for votes which came too late: no agent knows of them."""
+        for ballot in ballots:
+            n = sum(reason == Reason.DEADLINE_MISSED for reason in ballot.reason)
+            if n and not ballot.agent.endswith(CANARY):
+                n -= sum(
+                    action != Action.ABSTAIN and reason == Reason.DEADLINE_MISSED
+                    for action, reason in zip(ballot.action.tolist(), ballot.reason, strict=True)
+                )
+                self.metrics.abstentions(ballot.agent, Reason.DEADLINE_MISSED, n)
 
     def _votes(self, ballot: Ballot) -> None:
         self._meet(ballot.agent)
@@ -102,8 +132,13 @@ class Sensors:
             self.metrics.add_agent(agent)
 
     def agents(self, pipeline: Pipeline) -> None:
+        """The state of every agent, the artifact of those that have one, and everything over windows."""
+        self.group(pipeline.agents)
+        self.windows(pipeline)
+
+    def group(self, group: AgentGroup) -> None:
         """The state of every agent, and the artifact of those that have one."""
-        reports = pipeline.reports()
+        reports = group.reports()
         for gone in self._canaries - {report.agent for report in reports}:
             self._canaries.remove(gone)
             self.metrics.remove_agent(gone)
@@ -114,31 +149,35 @@ class Sensors:
             if model is not None:
                 self.metrics.agent_info(report.agent, model.version, model.contract, model.sha256)
                 self.metrics.configured_weight(report.agent, report.seat.weight)
-        self.windows(pipeline)
 
     def windows(self, pipeline: Pipeline) -> None:
         """Everything over sliding windows: well under a millisecond, so every couple of seconds, not every batch."""
-        self._quality(pipeline)
-        self._scores(pipeline)
-        ensemble = pipeline.ensemble
+        self.watched(pipeline.agents)
+        loaded = [report.agent for report in pipeline.reports() if report.seat.model is not None]
+        self.looked_back(pipeline.consensus, loaded)
+
+    def watched(self, group: AgentGroup) -> None:
+        """The shape of the agents' recent votes, and how far what they are fed has drifted."""
+        self._quality(group)
+        models = [report.seat.model for report in group.reports() if report.seat.model is not None]
+        self.metrics.drift({d.feature: d.distance for d in self._drift.against(models)})
+
+    def looked_back(self, consensus: ConsensusStage, loaded: Sequence[str]) -> None:
+        """What the market did after votes and signals, and how far the agents agree."""
+        for agent in (*loaded, CONSENSUS):
+            s = consensus.scoreboard.scores(agent)
+            self.metrics.scores(agent, s.scored, s.hit_ratio, s.signed_return_mean, s.brier_score)
+        ensemble = consensus.ensemble
         agreement, hard = ensemble.agreement_ratio, ensemble.hard_disagreement_ratio
         if agreement is not None and hard is not None and ensemble.signals >= ensemble.limits.minimum:
             self.metrics.agreement(agreement, hard)
-        models = [report.seat.model for report in pipeline.reports() if report.seat.model is not None]
-        self.metrics.drift({d.feature: d.distance for d in self._drift.against(models)})
 
-    def _scores(self, pipeline: Pipeline) -> None:
-        loaded = [report.agent for report in pipeline.reports() if report.seat.model is not None]
-        for agent in (*loaded, CONSENSUS):
-            s = pipeline.scoreboard.scores(agent)
-            self.metrics.scores(agent, s.scored, s.hit_ratio, s.signed_return_mean, s.brier_score)
-
-    def _quality(self, pipeline: Pipeline) -> None:
+    def _quality(self, group: AgentGroup) -> None:
         """The shape of every loaded agent's recent votes, and what is held against them."""
-        for report in pipeline.reports():
+        for report in group.reports():
             if report.seat.model is None:
                 continue
-            quality = pipeline.safeguard.quality(report.agent)
+            quality = group.safeguard.quality(report.agent)
             muted_for = {report.reason} if report.state is AgentState.MUTED else set()
             self.metrics.degenerate(report.agent, CRITERIA_NAMES & ({str(v) for v in quality.violations} | muted_for))
             if quality.votes:

@@ -64,6 +64,13 @@ def _known_agents(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in AGENTS if name in names)
 
 
+def _known_sets(names: tuple[str, ...]) -> tuple[str, ...]:
+    unknown = [name for name in names if name not in FEATURE_SETS]
+    if unknown:
+        raise ValueError(f"unknown feature set {', '.join(unknown)}; the sets are {', '.join(FEATURE_SETS)}")
+    return tuple(name for name in FEATURE_SETS if name in names)
+
+
 def _overrides(defaults: Mapping[str, Any]) -> BeforeValidator:
     """What is given replaces single entries of `defaults`; a name that is not among them is an error."""
 
@@ -138,6 +145,9 @@ class Settings(BaseSettings):
         default_factory=dict, description="residual deviation of the return, where an artifact's metadata has none"
     )
     allow_unscaled: AgentNames = Field((), description="agents that may load without a scaler")
+    feature_sets: Annotated[Names, AfterValidator(_known_sets)] = Field(
+        (), description="feature sets that are computed even if no agent reads them; v3 always is"
+    )
     window_capacity: int = Field(64, ge=1, le=1024, description="ready vectors kept for each symbol, in bars")
 
     watch_s: Share = Field(2.0, description="seconds between looks at the models folder; 0 never looks")
@@ -146,6 +156,9 @@ class Settings(BaseSettings):
 
     batch_size: int = Field(256, ge=1, le=1024, description="most bars in one commit")
     lease_s: Positive = Field(2.0, description="seconds after which a silent owner is replaced by its standby")
+    deadline_s: Positive = Field(
+        2.0, description="seconds without a commit of an agent's own process, while a vector waits, that make it absent"
+    )
     retain: int = Field(1_000_000, ge=0, description="entries kept per output stream, roughly; 0 keeps all")
 
     warmup_bars: Annotated[Mapping[str, int], _overrides(_DEFAULT_WARMUP), Frozen] = Field(

@@ -50,8 +50,8 @@ class Standing:
         arrived = [min(ms, now_ms) for ms in accepted.arrived_ms]
         for bar, ms in zip(accepted.bars, arrived, strict=True):
             self.arrivals[bar.interval] = max(ms, self.arrivals.get(bar.interval, 0))
-        names = [ballot.agent for ballot in result.ballots]
-        voters = self._voters(result.ballots, len(rows))
+        names = [ballot.agent for ballot in result.counted]
+        voters = self._voters(result.counted, len(rows))
         weights = result.signals.effective.tolist() if rows else []
         for row, i in enumerate(rows):
             place = self._place(accepted.bars[i].symbol, accepted.bars[i].interval)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from streams.messages import CANARY, AgentState
 from streams.validation import interval_ms
 from worker.http import Condition, Readiness
-from worker.pipeline import Pipeline, Result
+from worker.pipeline import Result
+from worker.stages.agents import AgentGroup
 from worker.standing import FRESH_INTERVALS, Standing, Vote
 
 
@@ -54,9 +55,9 @@ class Status:
     def _judge(self) -> None:
         self.vote = self._standing.vote(a for a, facts in self._agents.items() if facts["state"] == AgentState.ACTIVE)
 
-    def agents(self, pipeline: Pipeline) -> None:
+    def agents(self, group: AgentGroup) -> None:
         """The state of every agent, with what a person needs to mend it; `pinned`: newer files wait for an order."""
-        pinned = {agent for agent, record in pipeline.records.items() if record.pinned}
+        pinned = {agent for agent, record in group.records.items() if record.pinned}
         self._agents = {
             report.agent: {
                 "state": str(report.state),
@@ -66,7 +67,7 @@ class Status:
                 "pinned": "yes" if report.agent in pinned else "no",
                 "detail": report.detail,
             }
-            for report in pipeline.reports()
+            for report in group.reports()
         }
         self._judge()
 

@@ -60,7 +60,7 @@ def test_the_counts_are_those_of_readyz(scene: Watched) -> None:
         counts = scene.counts()
         assert scene.ensemble() == {kind: counts[kind] for kind in ENSEMBLE}
         scene.pipeline.safeguard.mute("lightgbm")
-        scene.status.agents(scene.pipeline)
+        scene.status.agents(scene.pipeline.agents)
         scene.sensors.standing(scene.status)
     assert scene.ensemble() == {"configured": 3, "loaded": 3, "eligible": 2, "voting": 2}
     assert scene.value("agent_weight", agent="lightgbm", kind="effective") == 0

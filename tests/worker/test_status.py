@@ -62,7 +62,7 @@ class Scene:
         result = self.pipeline.process(entries, self.now_ms)
         assert len(result.accepted) == len(entries), result.rejects
         self.status.batch(result, healthy=self.pipeline.intake.health.healthy)
-        self.status.agents(self.pipeline)
+        self.status.agents(self.pipeline.agents)
         self.last = result
 
     def unmet(self) -> set[str]:
@@ -212,7 +212,7 @@ def test_a_daily_series_does_not_stand_for_minutes_on_which_few_vote(fresh: Scen
 
 def test_a_muted_agent_leaves_the_count_at_once_before_any_further_bar(scene: Scene) -> None:
     scene.pipeline.safeguard.mute("lightgbm")
-    scene.status.agents(scene.pipeline)
+    scene.status.agents(scene.pipeline.agents)
     assert scene.counts() == {"configured": 3, "loaded": 3, "eligible": 2, "voting": 2, "agreeing": 2}
     assert scene.unmet() == {"quorum"}
     assert scene.status.vote is not None
