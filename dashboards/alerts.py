@@ -94,7 +94,7 @@ def pages(interval_s: int = 60) -> list[Alert]:
             "QuartetNoSignals",
             PAGE,
             f"{increase('''quartet_bars_total{outcome='accepted'}''', 3)} > 0"
-            f" and {increase('quartet_signals_total', 3)} == 0 unless {WARMING_UP}",
+            f" and ({increase('quartet_signals_total', 3)} or vector(0)) == 0 unless {WARMING_UP}",
             bars(2),
             "Bars flow but no signal comes",
             "Bars are accepted and not one signal was made of them for about 5 intervals, outside of warm-up.",
@@ -146,6 +146,15 @@ def tickets() -> list[Alert]:
             "5m",
             "Agent {{ $labels.agent }} is refused",
             "No artifact of {{ $labels.agent }} passed its checks; it has no vote until one does.",
+        ),
+        Alert(
+            "QuartetAgentLate",
+            TICKET,
+            'sum by (agent) (increase(quartet_agent_abstentions_total{reason="deadline_missed"}[5m])) > 0',
+            "1m",
+            "Signals are decided without {{ $labels.agent }}",
+            "The process of {{ $labels.agent }} committed nothing for 2 s, unless set otherwise, while vectors "
+            "waited: it is down or too slow.",
         ),
         Alert(
             "QuartetRejects",

@@ -83,7 +83,11 @@ CASES = (
             {ACCEPTED: "0x60", OK: "0x60", **_warming(0, 60)},
         ),
         "10m",
-        also=tuple({ACCEPTED: "0+1x60", OK: "0x60", **states} for states in NO_EXCUSES),
+        also=(
+            *({ACCEPTED: "0+1x60", OK: "0x60", **states} for states in NO_EXCUSES),
+            # Of stages as processes the consensus is down: nobody counts signals at all.
+            {ACCEPTED: "0+1x60", **_warming(0, 60)},
+        ),
     ),
     Case(
         "QuartetWorkerDown",
@@ -108,6 +112,16 @@ CASES = (
         "QuartetAgentRefused",
         _state("refused", 1),
         (_state("refused", 0),),
+        "10m",
+        labels={"agent": "nhits"},
+    ),
+    Case(
+        "QuartetAgentLate",
+        {'quartet_agent_abstentions_total{agent="nhits",reason="deadline_missed"}': "0x20 0+1x40"},
+        (
+            {'quartet_agent_abstentions_total{agent="nhits",reason="deadline_missed"}': "3x60"},
+            {'quartet_agent_abstentions_total{agent="nhits",reason="insufficient_history"}': "0+1x60"},
+        ),
         "10m",
         labels={"agent": "nhits"},
     ),

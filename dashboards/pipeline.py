@@ -9,6 +9,7 @@ STALLED = "QuartetWorkerStalled"
 LAG = "QuartetLagGrowing"
 LENGTH = "QuartetStreamLength"
 REJECTS = "QuartetRejects"
+LATE = "QuartetAgentLate"
 
 
 def _rate(metric: str, by: str) -> list[Query]:
@@ -82,8 +83,8 @@ def board() -> Board:
             4,
             figure(
                 "Recoveries",
-                "Times this process took up a position: 1 after a restart; more means that the server went back.",
-                [Query("sum(quartet_recoveries_total)", "recoveries")],
+                "Times a process took up a position: 1 after a restart; more means that the server went back.",
+                [Query("max(quartet_recoveries_total)", "recoveries")],
                 unit="none",
                 steps=((None, GREEN), (2, YELLOW), (5, RED)),
                 see="QuartetWorkerDown",
@@ -210,9 +211,41 @@ def board() -> Board:
             ),
         ),
     ]
+    stages = [
+        (
+            12,
+            8,
+            chart(
+                "Missed deadlines",
+                "Vectors a second that were decided without an agent that runs as a process of its own.",
+                [
+                    Query(
+                        "sum by (agent) "
+                        '(rate(quartet_agent_abstentions_total{reason="deadline_missed"}[$__rate_interval]))',
+                        "{{agent}}",
+                    )
+                ],
+                unit="cps",
+                stacked=True,
+                see=LATE,
+            ),
+        ),
+        (
+            12,
+            8,
+            chart(
+                "Late votes",
+                "Votes a second that came after their vector was decided: the agent is back, or too slow.",
+                [Query("sum by (agent) (rate(quartet_agent_late_votes_total[$__rate_interval]))", "{{agent}}")],
+                unit="cps",
+                stacked=True,
+                see=LATE,
+            ),
+        ),
+    ]
     return Board(
         "quartet-pipeline",
         "Pipeline",
         "Rate, lag, stage times, bar to signal, rejects, stream lengths, commits, recoveries",
-        [Row("", [top, flow, times[:2], times[2:], commits])],
+        [Row("", [top, flow, times[:2], times[2:], commits, stages])],
     )

@@ -62,6 +62,6 @@ class Keys:
         """Text with a time to live: the instance that is alive; a standby waits for it to end."""
         return self._key("lease", stage)
 
-    def state(self, stage: str) -> str:
-        """Hash: the packed state of a stage, one field a row."""
-        return self._key("state", stage)
+    def state(self, part: str, stage: str = CHAIN) -> str:
+        """Hash: one part of the packed state of a stage, one field a row."""
+        return self._key("state", part) if stage == CHAIN else self._key("state", stage, part)

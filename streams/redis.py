@@ -180,7 +180,7 @@ class RedisStore:
 
     def state_key(self, part: str) -> str:
         """The key of a part of this stage's state."""
-        return self.keys.state(part if self.stage == CHAIN else f"{self.stage}:{part}")
+        return self.keys.state(part, self.stage)
 
     def acquire(self) -> bool:
         """Become the owner unless another instance is alive; makes every other's commits void."""
@@ -342,6 +342,10 @@ class RedisStore:
         for fields in entries:
             pipe.xadd(key, fields, maxlen=maxlen, approximate=True)
         _guarded(pipe.execute)
+
+    def part(self, name: str) -> dict[bytes, bytes]:
+        """One part of the state, for who does not own the stage."""
+        return _guarded(self.client.hgetall, self.state_key(name))  # type: ignore[no-any-return]
 
     def tail(self, key: str, before: str, count: int) -> list[tuple[str, dict[bytes, bytes]]]:
         """At most `count` entries of a stream from the newest on; `before` is an ID, `(` excluding it, or `+`."""

@@ -22,10 +22,12 @@ _WITHOUT_EFFECT = (
 """Settings that change neither a value nor a decision; every other one does, or may."""
 
 
-def build() -> dict[str, str]:
-    """Versions and processor: two equal builds compute the same bits."""
+def build(*, models: bool = True) -> dict[str, str]:
+    """Versions and processor: two equal builds compute the same bits.
+
+    Without `models` what only they depend on is left out: it takes seconds and much memory to import.
+    """
     import llvmlite.binding as llvm  # noqa: PLC0415  comes with numba
-    import torch  # noqa: PLC0415
 
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for name in _LIBRARIES:
@@ -33,7 +35,12 @@ def build() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found | {"cpu": llvm.get_host_cpu_name(), "torch_cpu": torch.backends.cpu.get_cpu_capability()}
+    found["cpu"] = llvm.get_host_cpu_name()
+    if models:
+        import torch  # noqa: PLC0415
+
+        found["torch_cpu"] = torch.backends.cpu.get_cpu_capability()
+    return found
 
 
 def deciding(settings: Settings) -> dict[str, Any]:
@@ -47,7 +54,7 @@ def started(settings: Settings, loadings: Sequence[Loading], position: Position,
 
     `stage` is what a process says of itself that runs one stage only: its name, and which feature sets it computes.
     """
-    program = build()
+    program = build(models=bool(loadings))
     evidence = {
         "settings": deciding(settings),
         "build": program,

@@ -6,7 +6,7 @@ vector's values do not say of its bar is in its `flags`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ class SeriesBook:
         self._ready: list[frozenset[str]] = []
         self._changed: set[int] = set()
         self._rewarm: set[int] = set()
+        self._computed: frozenset[str] | None = None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -50,11 +51,19 @@ class SeriesBook:
             self._ready[row] = ready
             self._changed.add(row)
 
+    def computed(self, sets: frozenset[str]) -> None:
+        """The sets that the last vector has, ready or not."""
+        self._computed = sets
+
+    def lacks(self, name: str) -> bool:
+        """Whether the last vector that was read has not this set at all."""
+        return self._computed is not None and name not in self._computed
+
     def is_warm(self, name: str) -> bool:
         """Whether a feature set was ready on the last vector of any series."""
         return any(name in ready for ready in self._ready)
 
-    def read_by(self, sets: object) -> None:
+    def read_by(self, sets: Iterable[FeatureSet]) -> None:
         """Another process computes the vectors: what is read changes nothing there."""
 
     def rewarm_all(self) -> None:
@@ -118,6 +127,8 @@ def read_vectors(
     ready = {s.name: np.array([not out and _is_ready(e, m, s) for e, m, out in seen], np.bool_) for s in sets}
     for place, row in enumerate(rows):
         book.note(row, frozenset(name for name, column in ready.items() if column[place]))
+    if messages:
+        book.computed(frozenset(messages[-1]["contracts"]))
     accepted = Accepted(
         ids=[entry.id for entry in entries],
         arrived_ms=[id_tuple(entry.id)[0] for entry in entries],

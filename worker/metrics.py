@@ -91,6 +91,7 @@ class Metrics:
         )
         self._abstentions = _Counts(registry, "quartet_agent_abstentions", "Abstentions by reason", "agent", "reason")
         self._rollbacks = _Counts(registry, "quartet_agent_rollbacks", "Versions that were rolled back", "agent", "by")
+        self._late = _Counts(registry, "quartet_agent_late_votes", "Votes on vectors decided without them", "agent")
 
     def _declare_ensemble(self, registry: CollectorRegistry) -> None:
         self._ensemble = Gauge(
@@ -156,6 +157,18 @@ class Metrics:
         self._abstentions.touch((agent,), [str(reason) for reason in Reason])
         if not agent.endswith(CANARY):
             self._rollbacks.touch((agent,), ROLLED_BACK_BY)
+            self._late.touch((agent,))
+
+    def add_voter(self, agent: str) -> None:
+        """Touch what the consensus knows of an agent that runs in a process of its own."""
+        self._abstentions.touch((agent,), (str(Reason.DEADLINE_MISSED),))
+        self._late.touch((agent,))
+
+    def forget_state(self, agent: str) -> None:
+        """Remove the state of an agent whose own process tells it."""
+        if self._states.pop(agent, None) is not None:
+            for state in AgentState:
+                self._state.remove(agent, str(state))
 
     def remove_agent(self, agent: str) -> None:
         """Remove every series of an agent: of a canary that was promoted or rolled back."""
@@ -275,6 +288,9 @@ class Metrics:
 
     def abstentions(self, agent: str, reason: Reason, n: int = 1) -> None:
         self._abstentions.add(n, agent, str(reason))
+
+    def late(self, agent: str, n: int = 1) -> None:
+        self._late.add(n, agent)
 
     def signals(self, action: Action, status: Status, n: int = 1) -> None:
         self._signals.add(n, action.name, str(status))

@@ -7,7 +7,7 @@ follows a bar through it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -31,6 +31,7 @@ from worker.stages import consensus as consensus_stage
 from worker.stages.agents import CANARY_PERIOD_MS, AgentGroup, AgentReport
 from worker.stages.consensus import ConsensusStage
 from worker.stages.features import FeatureStage
+from worker.stages.lateness import Lateness
 from worker.voting import Seat, Stopwatch, VotingStage
 
 PARTS = (*features.PARTS, *agents.PARTS, *consensus_stage.PARTS)
@@ -111,6 +112,9 @@ class Pipeline:
         self.consensus = ConsensusStage(
             len(self.agents.records), quorum=quorum, canary_share=canary_share, ensemble=ensemble
         )
+        self.lateness: Lateness | None = None
+        self.missed: Mapping[str, Collection[str]] = {}
+        """In one process no agent is late; a recording of several says by `bar_id` which ones were."""
 
     def process(
         self,
@@ -128,11 +132,19 @@ class Pipeline:
         vectors = self.features.process(entries, now_ms, poison=poison, stopwatch=stopwatch)
         vectors, ballots, verdicts = self.agents.process(vectors, stopwatch)
         with stopwatch("consensus"):
-            signals, concerns = self.consensus.process(vectors, ballots, self.agents.thresholds)
-            events = [*vectors.accepted.events, *bar_by_bar(vectors, [*verdicts, *concerns])]
+            counted, muted = self._without_late(vectors, ballots)
+            signals, concerns = self.consensus.process(vectors, counted, self.agents.thresholds)
+            events = [*vectors.accepted.events, *bar_by_bar(vectors, [*verdicts, *muted, *concerns])]
         with stopwatch("pack"):
             state, drops = self._changes(vectors.accepted.rows) if keep else ({}, [])
-        return Result(vectors.accepted, vectors, ballots, signals, state, events, drops)
+        return Result(vectors.accepted, vectors, ballots, signals, state, events, drops, counted)
+
+    def _without_late(self, vectors: Vectors, ballots: list[Ballot]) -> tuple[list[Ballot], list[Event]]:
+        if self.lateness is None:
+            return ballots, []
+        missed = [self.missed.get(bar.bar_id, ()) for bar in vectors.bars]
+        missing = {a: np.array([a in late for late in missed], np.bool_) for a in self.lateness.agents}
+        return self.lateness.fill(vectors, ballots, missing)
 
     # ------------------------------------------------------------------ state
 
@@ -142,13 +154,16 @@ class Pipeline:
 
     def _changes(self, rows: NDArray[np.int64]) -> tuple[dict[str, Fields], list[str]]:
         state, drops = self.agents.changes(rows)
-        return {**self.features.changes(rows), **state, **self.consensus.changes()}, drops
+        late = {} if self.lateness is None else self.lateness.changes()
+        return {**self.features.changes(rows), **state, **self.consensus.changes(), **late}, drops
 
     def restore(self, state: State) -> None:
         """Take up committed state. Raises `StateCorruptError` where it is not what was written."""
         self.features.restore(state)
         self.agents.restore(state)
         self.consensus.restore(state)
+        if self.lateness is not None:
+            self.lateness.restore(state)
 
     def unused(self, state: State) -> list[str]:
         """Stored parts that nothing keeps up to date any more: to be dropped, or they would come back stale."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,15 +52,29 @@ class Plan:
 
 
 def last_start(client: Any, keys: Keys) -> Any:
-    """What the last start of a worker said of itself, None where there was none yet."""
+    """What the last start of a worker said of itself, None where there was none yet; of stages all of them together."""
+    found: dict[str, Any] = {}
+    stages: set[str] = set()
+    for evidence in _starts(client, keys):
+        if "stage" not in evidence:
+            return found or evidence
+        if evidence["stage"] not in stages:
+            stages.add(evidence["stage"])
+            found = {**evidence, **found, "agents": {**evidence["agents"], **found.get("agents", {})}}
+        if len(stages) == len(evidence["settings"]["agents"]) + 2:
+            return found
+    return found or None
+
+
+def _starts(client: Any, keys: Keys) -> Iterator[Any]:
+    """The evidence of every start, the newest first."""
     last = "+"
     while rows := client.xrevrange(keys.events, max=last, count=1000):
         for _, fields in rows:
             data = fields.get(b"data", b"")
             if b'"started"' in data and (event := orjson.loads(data))["kind"] == "started":
-                return event["evidence"]
+                yield event["evidence"]
         last = f"({rows[-1][0].decode()}"
-    return None
 
 
 def inputs_to_read(client: Any, settings: Settings, tell: Callable[[str], None]) -> tuple[str, ...]:

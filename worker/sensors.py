@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -88,6 +88,19 @@ class Sensors:
                     for action, reason in zip(ballot.action.tolist(), ballot.reason, strict=True)
                 )
                 self.metrics.abstentions(ballot.agent, Reason.DEADLINE_MISSED, n)
+
+    def late(self, agent: str, n: int) -> None:
+        """Votes on vectors that had been decided without them."""
+        self.metrics.late(agent, n)
+
+    def muted_here(self, muted: Container[str], agents: Sequence[str]) -> None:
+        """Which agents missed too many deadlines; of the others their own processes tell the state."""
+        for agent in agents:
+            if agent in muted:
+                self.metrics.agent_state(agent, AgentState.MUTED)
+            else:
+                self.metrics.forget_state(agent)
+            self.metrics.degenerate(agent, {str(Reason.DEADLINE_MISSED)} if agent in muted else ())
 
     def _votes(self, ballot: Ballot) -> None:
         self._meet(ballot.agent)

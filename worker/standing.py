@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from streams.messages import Action, AgentState
 from streams.validation import interval_ms
 from worker.batches import STATE_CODE, Ballot
+from worker.intake import Accepted
 from worker.pipeline import Result
 
 FRESH_INTERVALS = 3
@@ -44,12 +45,17 @@ class Standing:
         self._series = np.zeros(64, _SERIES)
         self._effective: list[Mapping[str, float]] = []
 
-    def note(self, result: Result, now_ms: int) -> None:
-        """Take in a committed batch. A bar arrived when its entry's ID says, but never after `now_ms`."""
-        accepted, rows = result.accepted, result.vectors.index.tolist()
+    def arrive(self, accepted: Accepted, now_ms: int) -> list[int]:
+        """Note when bars arrived, ms: when their entries' IDs say, but never after `now_ms`."""
         arrived = [min(ms, now_ms) for ms in accepted.arrived_ms]
         for bar, ms in zip(accepted.bars, arrived, strict=True):
             self.arrivals[bar.interval] = max(ms, self.arrivals.get(bar.interval, 0))
+        return arrived
+
+    def note(self, result: Result, now_ms: int) -> None:
+        """Take in a committed batch."""
+        accepted, rows = result.accepted, result.vectors.index.tolist()
+        arrived = self.arrive(accepted, now_ms)
         names = [ballot.agent for ballot in result.counted]
         voters = self._voters(result.counted, len(rows))
         weights = result.signals.effective.tolist() if rows else []

@@ -41,5 +41,5 @@ def test_the_file_that_is_named_is_there(file: str) -> None:
 
 
 def test_the_loop_turns_by_the_name_that_is_given() -> None:
-    assert "`Worker._turn`" in PAGE
-    assert "Worker._turn" in names_of("worker/service.py")
+    assert "`worker/service.py::Worker._step`" in PAGE
+    assert "Worker._step" in names_of("worker/service.py")

@@ -31,6 +31,7 @@ CONTRACT = {
     "quartet_agent_degenerate": ({"agent", "criterion"}, "gauge"),
     # Beyond the contract: canaries that were rolled back, the scoreboard, feature drift, the quorum.
     "quartet_agent_rollbacks_total": ({"agent", "by"}, "counter"),
+    "quartet_agent_late_votes_total": ({"agent"}, "counter"),
     "quartet_agent_hit_ratio": ({"agent"}, "gauge"),
     "quartet_agent_signed_return_mean": ({"agent"}, "gauge"),
     "quartet_agent_brier_score": ({"agent"}, "gauge"),

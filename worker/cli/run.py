@@ -22,6 +22,10 @@ def run(
     accept_gap: Annotated[
         bool, typer.Option("--accept-gap", help="Go on past input that is gone: count it as lost and warm up again.")
     ] = False,
+    stage: Annotated[
+        str | None,
+        typer.Option("--stage", metavar="NAME", help="One stage only: features, agent:NAME or consensus."),
+    ] = None,
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Compute the state anew from the retained input; emits nothing.")
     ] = False,
@@ -31,6 +35,7 @@ def run(
     from worker.logs import make_logger
     from worker.service import Options
 
+    name = _stage(settings, stage)
     options = Options(until_idle_s=until_idle, accept_gap=accept_gap, rebuild=rebuild)
 
     def stop(_number: int, _frame: Any) -> None:
@@ -42,4 +47,18 @@ def run(
     signal.signal(signal.SIGHUP, reload)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    serve(reading(settings, bars), options, make_logger(settings.log_level))
+    log = make_logger(settings.log_level)
+    serve(reading(settings, bars), options, log.bind(stage=name) if stage else log, name)
+
+
+def _stage(settings: Settings, stage: str | None) -> str:
+    """The stage to run; all of them chained where none is named."""
+    from streams.keys import CHAIN
+    from worker.assembly import stage_names
+    from worker.errors import UsageError
+
+    if stage is None:
+        return CHAIN
+    if stage not in stage_names(settings):
+        raise UsageError(f"--stage {stage}: expected one of {', '.join(stage_names(settings))}")
+    return stage

@@ -17,7 +17,7 @@ from typing import Any
 import redis
 
 from streams.codec import from_json
-from streams.keys import Keys
+from streams.keys import CHAIN, Keys
 from worker.intake import Series
 from worker.page.rows import columns, event_note, reject_note
 
@@ -48,9 +48,13 @@ class News:
 
 
 class StreamReader:
-    """Reads one namespace; for use by several threads. Raises `redis.RedisError` where the server is away."""
+    """Reads one namespace, whose accepted bars `stage` keeps; for use by several threads.
 
-    def __init__(self, client: redis.Redis, keys: Keys) -> None:
+    Raises `redis.RedisError` where the server is away.
+    """
+
+    def __init__(self, client: redis.Redis, keys: Keys, stage: str = CHAIN) -> None:
+        self._series = keys.state("series", stage)
         self._client: Any = client
         self._keys = keys
         self._tailed = (keys.features, keys.signals, keys.events, keys.rejected)
@@ -67,7 +71,7 @@ class StreamReader:
         """Every symbol and interval that was ever accepted, sorted; at most five seconds old."""
         read_at, known = self._symbols
         if time.monotonic() - read_at > _SYMBOLS_KEPT_S:
-            stored = self._client.hgetall(self._keys.state("series"))
+            stored = self._client.hgetall(self._series)
             series = [Series.unpack(name.decode(), data) for name, data in stored.items() if name.isdigit()]
             known = sorted((one.symbol, one.interval) for one in series)
             self._symbols = time.monotonic(), known

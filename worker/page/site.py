@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 import orjson
 import redis
 
-from streams.keys import Keys
+from streams.keys import CHAIN, Keys
 from worker.http import Answer, Readiness, Stream
 from worker.page.hub import Hub
 from worker.page.reader import MOST_BARS, Pair, StreamReader, trouble
@@ -49,12 +49,19 @@ class Page:
     """
 
     def __init__(
-        self, client: redis.Redis, keys: Keys, readiness: Callable[[], Readiness], *, quorum: int, warmup_bars: int
+        self,
+        client: redis.Redis,
+        keys: Keys,
+        readiness: Callable[[], Readiness],
+        *,
+        quorum: int,
+        warmup_bars: int,
+        stage: str = CHAIN,
     ) -> None:
         self._keys = keys
         self._readiness = readiness
         self._settings = {"namespace": keys.namespace, "quorum": quorum, "warmup_bars": warmup_bars}
-        self._reader = StreamReader(client, keys)
+        self._reader = StreamReader(client, keys, stage)
         self.hub = Hub(self._reader, self.overview)
         self._folder = files("worker.page.static")
         self._names = {one.name for one in self._folder.iterdir() if one.name.rpartition(".")[2] in TYPES}

@@ -162,7 +162,7 @@ class HoldsAgents(Process):
 
     def _changed_reports(self) -> list[AgentReport] | None:
         """Every agent's report where any of them changed, each change logged once; None where none did."""
-        reports = self.group.reports()
+        reports = self._reports()
         states = {report.agent: _told(report) for report in reports}
         if states == self._states:
             return None
@@ -172,6 +172,9 @@ class HoldsAgents(Process):
                 self.log.info(line, agent=report.agent, reason=report.reason, version=report.seat.version)
         self._states = states
         return reports
+
+    def _reports(self) -> list[AgentReport]:
+        return self.group.reports()
 
     @staticmethod
     def _is_active(report: AgentReport) -> bool:

@@ -13,14 +13,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import orjson
 
 from agents.agent import Refusal
-from streams.messages import CANARY, Action, AgentState, Entry, Event, Reason
+from streams.keys import CONSENSUS
+from streams.messages import CANARY, AgentState, Entry, Event, Reason
 from streams.validation import LATEST_TS_MS
 from worker.assembly import load_options, pipeline_factory
-from worker.batches import STATE_CODE, Ballot, Vectors
+from worker.batches import Ballot, Vectors
+from worker.decoding import ballot_of
 from worker.errors import CheckFailed
 from worker.pipeline import Pipeline, Result
 from worker.qsc import Safeguard
@@ -28,6 +29,7 @@ from worker.replay.outline import VOTES, Outline, Step, steps_in_order
 from worker.replay.shelf import Shelf
 from worker.replay.source import Source
 from worker.settings import Settings
+from worker.stages.lateness import Lateness
 from worker.voting import AgentStage, Seat, Stopwatch, Windows
 
 State = dict[str, dict[bytes, bytes]]
@@ -44,21 +46,7 @@ class RecordedStage(AgentStage):
     def vote(self, vectors: Vectors, windows: Mapping[str, Windows], stopwatch: Stopwatch = nullcontext) -> Ballot:
         """The recorded ballot over the voted rows of `vectors`; rows without a vote are absent."""
         del windows, stopwatch
-        votes = [self._vote(vectors.accepted.bars[i].bar_id) for i in vectors.index]
-        outputs = _outputs(votes)
-        given = [vote or _NO_VOTE for vote in votes]
-        return Ballot(
-            agent=self.seat.agent,
-            version=next((vote["version"] for vote in votes if vote), None),
-            weight=self.seat.weight,
-            action=np.array([Action[vote["action"]] for vote in given], np.int8).reshape(-1),
-            confidence=np.array([vote["confidence"] for vote in given], np.float64).reshape(-1),
-            outputs=outputs,
-            answered=np.array([vote["outputs"] is not None for vote in given], np.bool_).reshape(-1),
-            state=np.array([STATE_CODE[AgentState(vote["state"])] for vote in given], np.int8).reshape(-1),
-            reason=tuple(vote["reason"] for vote in given),
-            present=None if all(votes) else np.array([vote is not None for vote in votes], np.bool_),
-        )
+        return ballot_of(self.seat.agent, [self._vote(bar.bar_id) for bar in vectors.bars], self.seat.weight)
 
     def _vote(self, bar_id: str) -> Mapping[str, Any] | None:
         found = self._source.peek(VOTES + self.seat.agent)
@@ -67,26 +55,6 @@ class RecordedStage(AgentStage):
             return None
         self._source.take(VOTES + self.seat.agent, 1)
         return vote  # type: ignore[no-any-return]
-
-
-_NO_VOTE: Mapping[str, Any] = {
-    "action": "ABSTAIN",
-    "confidence": 0.0,
-    "outputs": None,
-    "state": str(AgentState.REFUSED),
-    "reason": None,
-}
-
-
-def _outputs(votes: Sequence[Mapping[str, Any] | None]) -> Any:
-    widths = {len(vote["outputs"]) for vote in votes if vote and vote["outputs"] is not None}
-    if not widths:
-        return None
-    outputs = np.full((len(votes), max(widths)), np.nan)
-    for row, vote in enumerate(votes):
-        if vote and vote["outputs"] is not None:
-            outputs[row] = vote["outputs"]
-    return outputs
 
 
 class _Watch(Safeguard):
@@ -111,10 +79,11 @@ class Chain:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        start = self.outline.starts[0] if self.outline.starts else None
+        start = self.outline.first_start
         if start is None:
             self.notes.append("the recording has no start of a worker: verified with the settings of this machine")
         self._applied = self._settings(start)
+        self._sets = self._computed(start)
         self.shelf = Shelf(self.settings.models, load_options(self._applied), self.outline.hashes)
         self._steps = steps_in_order(self.outline)
         self._left_out = frozenset(self.outline.left_out)
@@ -177,10 +146,21 @@ class Chain:
         named = {agent: self.outline.versions.get(agent, (None, "")) for agent in self._applied.agents}
         return [self._seat(agent, version, reason) for agent, (version, reason) in named.items()]
 
-    def _seats(self, start: Step) -> list[Seat]:
+    def _seats(self, start: Step, before: Mapping[str, Seat] | None = None) -> list[Seat]:
+        """The seats of a start; one of a single stage leaves what was `before` it of the agents of others."""
         agents = {agent: named or {} for agent, named in start.evidence["agents"].items()}
+        kept = before if before is not None and start.stage else {}
         named = {agent: agents.get(agent, {}) for agent in self._applied.agents}
-        return [self._seat(agent, one.get("version"), one.get("refused", "")) for agent, one in named.items()]
+        return [
+            kept[agent]
+            if agent in kept and agent not in agents
+            else self._seat(agent, one.get("version"), one.get("refused", ""))
+            for agent, one in named.items()
+        ]
+
+    def _computed(self, start: Step | None) -> Sequence[str] | None:
+        """The feature sets that a feature stage said it computes; None where they follow from the models."""
+        return None if start is None else start.evidence.get("feature_sets")
 
     def _seat(self, agent: str, version: str | None, reason: str) -> Seat:
         weight = self._applied.weights[agent]
@@ -192,7 +172,10 @@ class Chain:
 
     def _make(self, seats: Sequence[Seat]) -> Pipeline:
         """A fresh pipeline; a seat whose model is not at hand is taken over."""
-        self.pipeline = pipeline_factory(self._applied)(seats)
+        self.pipeline = pipeline_factory(self._applied, self._sets)(seats)
+        if self.outline.split:
+            self.pipeline.lateness = Lateness(self._applied.agents, self._applied.quality)
+            self.pipeline.missed = self.outline.missed
         self.pipeline.agents.safeguard = _Watch(self._applied.quality)
         self.pipeline.intake.stale_bars = self.outline.stale
         for seat in seats:
@@ -220,8 +203,9 @@ class Chain:
         seats = [stage.seat for stage in old.voting.stages]
         if start is not None:
             self._applied = self._settings(start)
+            self._sets = self._computed(start) or self._sets
             trials = [seat for seat in seats if seat.agent.endswith(CANARY)]
-            seats = [*self._seats(start), *trials]
+            seats = [*self._seats(start, {seat.agent: seat for seat in seats}), *trials]
         self._keep({"agents": old.agents.record_changes()}, ())
         pipeline = self._make(seats)
         pipeline.restore(self._state)
@@ -251,8 +235,12 @@ class Chain:
         agent = step.agent.removesuffix(CANARY)
         beside = agent != step.agent
         version = step.evidence.get("version")
-        if step.kind == "gap":
+        if step.kind == "gap" and isinstance(step.after, tuple):
+            self.notes.append(f"vectors or votes were lost behind {step.evidence.get('after')}: the rest may differ")
+        elif step.kind == "gap":
             self.pipeline.intake.rewarm_all()
+        elif step.evidence.get("stage") == CONSENSUS and self.pipeline.lateness is not None:
+            self.pipeline.lateness.safeguard.unmute(agent)
         elif step.kind == "agent_muted" and step.reason == "operator":
             self.pipeline.safeguard.mute(agent)
         elif step.kind == "agent_readmitted" and step.reason == "operator":

@@ -20,6 +20,8 @@ VOTES = "votes:"
 CONTROL = ":control"
 _BARS, _SIGNALS = b"bars", b"signals"
 _STATUS = b'"status":"'
+FEATURES = ":features"
+_MISSED = b'"deadline_missed"'
 Progress = Callable[[int], None]
 """Given the number of bars done since the last call."""
 
@@ -43,6 +45,11 @@ class Step:
         return id_tuple(entry.id) > after
 
     @property
+    def stage(self) -> str:
+        """The stage that started; empty where one process ran them all."""
+        return str(self.evidence.get("stage", ""))
+
+    @property
     def place(self) -> tuple[int, int]:
         """Where it stands among others."""
         return self.after if isinstance(self.after, tuple) else max(self.after.values(), default=(0, 0))
@@ -53,7 +60,8 @@ class Outline:
     """How many bars there are, and every decision that bars and models alone do not explain.
 
     `lost` counts by stream what was trimmed before it was recorded.
-    `left_out` are entries (key, ID) refused for a reason of that moment, `stale` the bars whose signal was,
+    `left_out` are entries (key, ID) refused for a reason of that moment, `stale` the bars whose signal was, `missed`
+    the bars that were decided without agents, and which,
     `hashes` the SHA-256 of each (agent, version) that was named, `versions` the first of each agent's votes.
     """
 
@@ -61,6 +69,7 @@ class Outline:
     lost: Counter[str] = field(default_factory=Counter)
     left_out: set[tuple[str, str]] = field(default_factory=set)
     stale: set[str] = field(default_factory=set)
+    missed: dict[str, frozenset[str]] = field(default_factory=dict)
     starts: list[Step] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     hashes: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
@@ -77,7 +86,7 @@ class Outline:
             stream = stream_of(line)
             known = ordinary.get(stream)
             if known is None:
-                if stream != _SIGNALS or _is_stale(line):
+                if stream != _SIGNALS or _is_stale(line) or _MISSED in line:
                     self._take(decode(line))
             elif known not in line:
                 self._take(decode(line))
@@ -97,6 +106,9 @@ class Outline:
             signal = orjson.loads(item.fields[b"data"])
             if signal["status"] == "stale":
                 self.stale.add(signal["bar_id"])
+            late = {name for name, vote in signal["votes"].items() if _is_missing(vote)}
+            if late:
+                self.missed[signal["bar_id"]] = frozenset(late)
         elif stream == "rejected":
             if item.fields.get(b"reason", b"").decode() in DECIDED_THEN:
                 self.left_out.add((item.fields[b"source_key"].decode(), item.fields[b"source_id"].decode()))
@@ -124,12 +136,34 @@ class Outline:
         if "position" not in evidence:
             return
         inputs = {key: at for key, at in evidence["position"].items() if not key.endswith(CONTROL)}
-        after = {key: id_tuple(entry_id) for key, entry_id in inputs.items()}
+        after: dict[str, tuple[int, int]] | tuple[int, int] = {k: id_tuple(v) for k, v in inputs.items()}
+        # A stage that reads vectors tells its place by their IDs, which are those of the bars where one key is read.
+        read = [key for key in inputs if key.endswith(FEATURES)]
+        if read or str(evidence.get("stage", FEATURES[1:])) != FEATURES[1:]:
+            after = id_tuple(inputs[read[0]]) if read else (0, 0)
         step = Step(event["kind"], event["agent"], event["reason"], evidence, after)
         if step.kind == "started":
+            is_first = all(step.stage != other.stage for other in self.starts)
             self.starts.append(step)
-        if self.starts[:1] != [step]:
-            self.steps.append(step)
+            if is_first and (step.stage or len(self.starts) == 1):
+                return
+        self.steps.append(step)
+
+    @property
+    def split(self) -> bool:
+        """Whether the stages ran as processes of their own."""
+        return any(start.stage for start in self.starts)
+
+    @property
+    def first_start(self) -> Step | None:
+        """The first start; of stages the first one of each, together."""
+        if not self.split:
+            return self.starts[0] if self.starts else None
+        evidence: dict[str, Any] = {}
+        for start in reversed(self.starts):  # the first of each stage comes last, and stands
+            agents = {**evidence.get("agents", {}), **start.evidence["agents"]}
+            evidence = {**evidence, **start.evidence, "agents": agents}
+        return Step("started", "", "", evidence, {})
 
     @staticmethod
     def _named(event: Mapping[str, Any], evidence: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -141,6 +175,11 @@ class Outline:
 def _is_stale(signal: bytes) -> bool:
     """Whether the line of a signal may be one of a stale bar; its status stands before its votes."""
     return signal.startswith(b"stale", signal.find(_STATUS) + len(_STATUS))
+
+
+def _is_missing(vote: Mapping[str, Any]) -> bool:
+    """Whether a signal was decided without this vote; one that is muted for that has an action."""
+    return bool(vote["action"] == "ABSTAIN" and vote["reason"] == "deadline_missed")
 
 
 def read_outline(recording: Recording, progress: Progress = lambda _: None) -> Outline:

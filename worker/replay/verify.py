@@ -122,6 +122,8 @@ def verify(
     loading_s = time.perf_counter() - loading
     try:
         bars = _run(chain, comparison, clock, batch_size or settings.batch_size, progress)
+        if not outline.split:  # one commit holds a bar's entries of every stream
+            comparison.finish()
         leftover = source.left()
     finally:
         chain.close()
@@ -148,7 +150,6 @@ def _run(chain: Chain, comparison: Comparison, clock: Clock, batch_size: int, pr
         comparison.take(found, len(result.accepted))
         bars += len(result.accepted)
         progress(sum(result.accepted.outcomes.values()))
-    comparison.finish()
     return bars
 
 
@@ -172,14 +173,15 @@ def compare_batch(
 def _other_build(outline: Outline) -> list[str]:
     """What differs between the build that recorded and this one; nothing where they compute the same bits."""
     now = build()
-    builds = [step.evidence.get("build") or {} for step in outline.starts]
+    builds = [(step.evidence.get("build") or {}, bool(step.stage)) for step in outline.starts]
     if not builds:
         return ["the build that recorded is not known"]
+    # A stage without models does not say what only they depend on.
     return sorted(
         {
             f"{name} {then.get(name, 'absent')}, here {now.get(name, 'absent')}"
-            for then in builds
-            for name in {**then, **now}
+            for then, of_stage in builds
+            for name in (then if of_stage else {**then, **now})
             if then.get(name) != now.get(name)
         }
     )

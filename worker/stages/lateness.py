@@ -30,6 +30,7 @@ class Known:
 
     state: AgentState = AgentState.LOADING
     version: str | None = None
+    weight: float | None = None
 
 
 def only_deadlines(limits: QualityLimits) -> QualityLimits:
@@ -93,7 +94,7 @@ class Lateness:
                 states[row], versions[row] = STATE_CODE[known.state], known.version
                 reasons[row] = str(Reason.DEADLINE_MISSED)
             else:
-                known = Known(STATES[int(states[row])], versions[row])
+                known = Known(STATES[int(states[row])], versions[row], ballot.weight)
         self._known[ballot.agent] = known
         if not out.any():
             return ballot
@@ -110,7 +111,7 @@ class Lateness:
 
     def changes(self) -> dict[str, Fields]:
         """The state fields to store, by part."""
-        known = [(a.encode(), seal([str(k.state), k.version])) for a, k in self._known.items()]
+        known = [(a.encode(), seal([str(k.state), k.version, k.weight])) for a, k in self._known.items()]
         return {"lateness": [(_ABSENT, seal(sorted(self.absent))), *known], "deadlines": self.safeguard.changes()}
 
     def restore(self, state: State) -> None:
@@ -118,8 +119,8 @@ class Lateness:
         fields = state.get("lateness", {})
         for agent in self.agents:
             if agent.encode() in fields:
-                name, version = unseal(agent, fields[agent.encode()])
-                self._known[agent] = Known(AgentState(name), version)
+                name, version, weight = unseal(agent, fields[agent.encode()])
+                self._known[agent] = Known(AgentState(name), version, weight)
         absent = unseal("absent", fields[_ABSENT]) if _ABSENT in fields else []
         self.absent = frozenset(absent) & frozenset(self.agents)
         self.safeguard.restore(state.get("deadlines", {}))

@@ -1,0 +1,375 @@
+"""`quartet run --stage consensus`: feature vectors and every agent's votes in, signals out."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from streams.codec import encode_reject
+from streams.keys import CONSENSUS
+from streams.messages import CANARY, AgentState, Entry, Event, Reason, Reject
+from streams.redis import with_baseline
+from streams.store import (
+    FIRST_ID,
+    Batch,
+    Commit,
+    InputLostError,
+    JoiningStore,
+    RewoundError,
+    Snapshot,
+    id_tuple,
+)
+from worker import control
+from worker.batches import STATES, Ballot, Fields, Vectors
+from worker.builds import placed, started
+from worker.control import BadOrderError, Order
+from worker.decoding import SeriesBook, Vote, ballot_of, read_vectors, read_vote
+from worker.encoding import encoded_events, signals_output
+from worker.pipeline import Result
+from worker.processes.agents import MOST_ORDERS, ORDERS_EVERY_S
+from worker.processes.base import WAIT_S, MarkingStore, Process
+from worker.reload import Steered
+from worker.settings import Settings
+from worker.stages import consensus, lateness
+from worker.stages.consensus import ConsensusStage
+from worker.stages.join import Heard, Joined, Patience, join
+from worker.stages.lateness import Lateness
+
+PARTS = ("series", *consensus.PARTS, *lateness.PARTS)
+THRESHOLDS_EVERY_S = 2.0
+
+
+class ConsensusStore(MarkingStore, JoiningStore, Protocol):
+    """What this process needs of a store."""
+
+
+@dataclass
+class _Read:
+    """One atomic read: the vectors in order, and every agent's and canary's votes."""
+
+    vectors: list[Entry]
+    votes: dict[str, list[Entry]]
+    heard: Mapping[str, Heard]
+    last_ids: Mapping[str, str]
+    _ready: list[tuple[str, bool]] = field(default_factory=list)
+
+
+class ConsensusProcess(Process):
+    """Joins vectors and votes and decides. `thresholds` asks the agents' processes for those of their models."""
+
+    store: ConsensusStore
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: ConsensusStore,
+        make: Callable[[], ConsensusStage],
+        thresholds: Callable[[], Mapping[str, float]],
+        clock: Callable[[], float] = time.monotonic,
+        **given: Any,
+    ) -> None:
+        super().__init__(settings, store, **given)
+        self._make = make
+        self._ask = thresholds
+        self._clock = clock
+        self.stage = make()
+        self.lateness = Lateness(settings.agents, settings.quality)
+        self.book = SeriesBook()
+        self.patience = Patience(settings.deadline_s)
+        self._thresholds: Mapping[str, float] = {}
+        self._asked_at: float | None = None
+        self._orders_at = 0.0
+        self._facts: dict[str, dict[str, str]] = {}
+
+    @property
+    def outputs(self) -> Mapping[str, str]:
+        return {"signals": self.keys.signals}
+
+    # ------------------------------------------------------------------ reading
+
+    def _voters(self) -> dict[str, str]:
+        """Every agent and every canary that there may be, in the order of ballots, and the keys of their votes."""
+        agents = self.settings.agents
+        return {name: self.keys.votes(name) for name in (*agents, *(agent + CANARY for agent in agents))}
+
+    def _read(self) -> _Read:
+        most, voters = self._most, self._voters()
+        keys = [self.keys.features, *voters.values()]
+        with self.sensors.stopwatch("read"):
+            try:
+                batch: Batch = self._reaching(lambda: self.store.read_each(self.position, keys, most))
+            except InputLostError as error:
+                self._accept_loss(error)
+                batch = Batch((), {})
+        self.position = with_baseline(self.position, batch.facts)
+        self._levels(batch.facts)
+        by_key: dict[str, list[Entry]] = {key: [] for key in keys}
+        for entry in batch.entries:
+            by_key[entry.key].append(entry)
+        votes = {name: by_key[key] for name, key in voters.items()}
+        heard = {
+            name: Heard([entry.id for entry in found], more=len(found) >= most)
+            for name, found in votes.items()
+            if found or not name.endswith(CANARY)
+        }
+        last_ids = {name: batch.facts[key].last_id for name, key in voters.items() if key in batch.facts}
+        return _Read(by_key[self.keys.features], votes, heard, last_ids)
+
+    def _accept_loss(self, error: InputLostError) -> None:
+        """Go on behind vectors or votes that are gone, if that was asked for; else stop."""
+        if not self.options.accept_gap:
+            raise error
+        self.log.error("input lost", reason="lost", key=error.key, lost=error.lost)
+        if error.key == self.keys.features:
+            self.book.rewarm_all()
+        evidence = {"key": error.key, "lost": error.lost, "after": error.resume.id}
+        event = Event("gap", reason="lost", detail=str(error), evidence=evidence)
+        self._skip_lost(error, event, {"series": self.book.changes()})
+
+    # ------------------------------------------------------------------ a batch
+
+    def _step(self) -> None:
+        orders = self._orders()
+        read = self._read()
+        joined = self._join(read)
+        taken = read.vectors[: joined.taken]
+        upto = taken[-1].id if taken else self._decided
+        heard = [entry for found in read.votes.values() for entry in found if id_tuple(entry.id) <= id_tuple(upto)]
+        if taken or heard or orders:
+            self._idle_since = None
+            self._process(read, joined, heard, orders)
+        elif joined.waiting or read.vectors:
+            self._idle_since = None
+            keys = [self.keys.votes(agent) for agent in joined.waiting]
+            self._wait(keys, max(0.001, min(WAIT_S, self.patience.left_s(self._clock()))))
+        else:
+            self._idle_since = self._idle_since or time.monotonic()
+            votes = [self.keys.votes(agent) for agent in self.settings.agents]
+            self._wait([self.keys.features, *votes, self.keys.control], WAIT_S)
+
+    @property
+    def _decided(self) -> str:
+        """The ID of the last vector that was decided."""
+        known = self.position.inputs.get(self.keys.features)
+        return known.id if known else FIRST_ID
+
+    def _join(self, read: _Read) -> Joined:
+        """How far the vectors can be decided; an agent that is overdue is absent from here until it votes again."""
+        came = {agent for agent in self.settings.agents if read.heard[agent].ids}
+        self.lateness.absent -= came
+        vectors = [(entry.id, bool(orjson.loads(entry.fields[b"data"])["ready"])) for entry in read.vectors]
+        joined = join(vectors, read.heard, self.lateness.absent)
+        overdue = self.patience.overdue(self._clock(), joined.waiting, read.last_ids)
+        if overdue:
+            self.lateness.absent |= overdue
+            for agent in sorted(overdue):
+                self.log.warning("agent is absent", agent=agent, reason=str(Reason.DEADLINE_MISSED))
+            joined = join(vectors, read.heard, self.lateness.absent)
+        return self._of_one_weight(read, joined)
+
+    def _of_one_weight(self, read: _Read, joined: Joined) -> Joined:
+        """Cut before the first vector on which an agent's weight is another than before: its stage began anew."""
+        ids = {entry.id: place for place, entry in enumerate(read.vectors[: joined.taken])}
+        first: dict[str, float] = {}
+        end = joined.taken
+        for agent, found in read.votes.items():
+            for entry in found:
+                if entry.id in ids:
+                    weight = orjson.loads(entry.fields[b"data"])["weight"]
+                    if first.setdefault(agent, weight) != weight:
+                        end = min(end, ids[entry.id])
+        return joined if end == joined.taken else replace(joined, taken=end)
+
+    def _process(self, read: _Read, joined: Joined, heard: Sequence[Entry], orders: Steered) -> None:
+        taken = read.vectors[: joined.taken]
+        poison = self._approach(taken) if taken else frozenset()
+        vectors = read_vectors(taken, self.book, left_out=poison)
+        if poison:
+            vectors = replace(vectors, index=vectors.index[:0])
+        with self.sensors.stopwatch("consensus"):
+            result, events = self._decide(vectors, read, joined)
+        decided = {entry.id for entry in taken}
+        late = [entry for entry in heard if entry.id not in decided]
+        rejects = [*orders.rejects, *(_left_out(entry) for entry in taken if (entry.key, entry.id) in poison)]
+        with self.sensors.stopwatch("pack"):
+            last = taken[-1].id if taken else self.position.last_output_id
+            told = [placed(event, self.position) for event in orders.events]
+            commit = Commit(
+                self.position.advanced([*taken, *heard, *orders.entries], last),
+                outputs=[signals_output(self.keys, result)],
+                appends={
+                    self.keys.rejected: [encode_reject(reject) for reject in rejects],
+                    self.keys.events: encoded_events([*told, *events]),
+                },
+                state=self._changes(),
+            )
+        self._commit(commit)
+        self._cautious = max(0, self._cautious - len(taken))
+        self._tell(result, late, rejects, [*told, *events])
+
+    def _decide(self, vectors: Vectors, read: _Read, joined: Joined) -> tuple[Result, list[Event]]:
+        ballots, missing = self._ballots(vectors, read, joined)
+        ballots, events = self.lateness.fill(vectors, ballots, missing)
+        signals, concerns = self.stage.process(vectors, ballots, self._known_thresholds())
+        rows = {bar.bar_id: row for row, bar in enumerate(vectors.bars)}
+        events = sorted([*events, *concerns], key=lambda event: rows[event.bar_id])
+        return Result(vectors.accepted, vectors, ballots, signals, {}, events), events
+
+    def _ballots(
+        self, vectors: Vectors, read: _Read, joined: Joined
+    ) -> tuple[list[Ballot], dict[str, NDArray[np.bool_]]]:
+        """The ballots on the voted rows, and on which of these each agent is missing."""
+        ids, bars = vectors.voted_ids, vectors.bars
+        ballots = []
+        for name, found in read.votes.items():
+            by_id = {entry.id: entry for entry in found}
+            votes: list[Vote | None] = [
+                read_vote(by_id[entry_id], bar.bar_id) if entry_id in by_id else None
+                for entry_id, bar in zip(ids, bars, strict=True)
+            ]
+            if any(votes) or not name.endswith(CANARY):
+                ballots.append(ballot_of(name, votes, self._weight(name, votes)))
+        missing = {
+            agent: np.array([place in places for place in vectors.index.tolist()], np.bool_)
+            for agent, places in joined.missing.items()
+        }
+        return ballots, missing
+
+    def _weight(self, name: str, votes: Sequence[Vote | None]) -> float:
+        """Of the votes; before and between them what it last was, or is set to."""
+        said = next((vote["weight"] for vote in votes if vote), None)
+        if said is None:
+            said = self.lateness.known(name).weight
+        return float(self.settings.weights[name] if said is None else said)
+
+    def _known_thresholds(self) -> Mapping[str, float]:
+        """Asked for every couple of seconds: they decide how votes are scored, and no signal."""
+        now = time.monotonic()
+        if self._asked_at is None or now - self._asked_at >= THRESHOLDS_EVERY_S:
+            self._asked_at = now
+            self._thresholds = self._reaching(self._ask)
+        return self._thresholds
+
+    def _changes(self) -> dict[str, Fields]:
+        return {"series": self.book.changes(), **self.stage.changes(), **self.lateness.changes()}
+
+    # ------------------------------------------------------------------ orders
+
+    def _orders(self) -> Steered:
+        """Orders that no agent's process answers: what is none, and a missed deadline to forgive."""
+        now = time.monotonic()
+        if self._idle_since is None and now - self._orders_at < ORDERS_EVERY_S:
+            return Steered()
+        self._orders_at = now
+        key = self.keys.control
+        try:
+            batch: Batch = self._reaching(lambda: self.store.read(self.position, [key], MOST_ORDERS))
+        except InputLostError as error:
+            self._skip_lost(error, Event("gap", reason="lost", detail=str(error), evidence={"key": key}), {})
+            return Steered()
+        self.position = with_baseline(self.position, batch.facts)
+        events, rejects = [], []
+        for entry in batch.entries:
+            try:
+                order = control.parse(entry, self.settings.agents)
+            except BadOrderError as error:
+                rejects.append(Reject(entry, control.REASON, str(error), control.STAGE))
+                continue
+            if order.order == "unmute" and (event := self._unmute(order)) is not None:
+                events.append(event)
+        return Steered(batch.entries, events, rejects)
+
+    def _unmute(self, order: Order) -> Event | None:
+        """The answer of this stage; None where the agent's own is muted and answers."""
+        safeguard = self.lateness.safeguard
+        _, why = safeguard.status(order.agent, AgentState.ACTIVE)
+        if why is not None:
+            safeguard.unmute(order.agent)
+            detail = f"it was muted for {why}; its window of deadlines starts anew"
+            evidence = {**order.evidence(), "was": why, "stage": CONSENSUS}
+            return Event(
+                "agent_readmitted", agent=order.agent, reason=str(Reason.OPERATOR), detail=detail, evidence=evidence
+            )
+        if self.lateness.known(order.agent).state is AgentState.MUTED:
+            return None
+        return control.refused(order, order.agent, "not_muted", f"{order.agent} is not muted")
+
+    # ------------------------------------------------------------------ recovering
+
+    def _recover(self, rewound: RewoundError | None) -> None:
+        snapshot: Snapshot = self._reaching(lambda: self.store.load(PARTS))
+        self.stage = self._make()
+        self.lateness = Lateness(self.settings.agents, self.settings.quality)
+        self.book = SeriesBook()
+        self.patience = Patience(self.settings.deadline_s)
+        self.position = snapshot.position
+        anew = self.options.rebuild
+        self.options.rebuild = False
+        if not anew:
+            self.book.restore(snapshot.state["series"])
+            self.stage.restore(snapshot.state)
+            self.lateness.restore(snapshot.state)
+        what = "the windows of agreement, of scores and of missed deadlines start empty" if anew else ""
+        self._begin(
+            [started(self.settings, (), self.position, stage=CONSENSUS)],
+            self._recovery(rewound, what),
+            state={},
+            drops=PARTS if anew else (),
+        )
+
+    # ------------------------------------------------------------------ telling
+
+    def _tell(self, result: Result, late: Sequence[Entry], rejects: Sequence[Reject], events: Sequence[Event]) -> None:
+        self.sensors.decided(result, self._now_ms())
+        self.sensors.missed(result.ballots)
+        self.sensors.rejected(rejects)
+        for key, n in Counter(entry.key for entry in late).items():
+            self.sensors.late(key.removeprefix(self.keys.votes("")).removesuffix(CANARY), n)
+        withheld = result.accepted.withheld
+        if len(withheld):
+            self.status.batch(result, healthy=not withheld[-1])
+        self._note_agents(result.ballots)
+        self.sensors.standing(self.status)
+        self._tell_events(events)
+
+    def _note_agents(self, ballots: Sequence[Ballot]) -> None:
+        """Every agent as the last signal has it: for `/readyz`, and where deadlines muted it for the metrics."""
+        before = dict(self._facts)
+        if ballots and len(ballots[0].action):
+            there = [b for b in ballots if b.present is None or b.present[-1]]
+            self._facts = {
+                b.agent: {
+                    "state": str(STATES[int(b.state[-1])]),
+                    "reason": b.reason[-1] or "",
+                    "version": (b.versions[-1] if b.versions else b.version) or "",
+                    "detail": self._detail(b.agent),
+                }
+                for b in there
+            }
+        if self._facts != before:
+            self.status.heard(self._facts)
+            muted = {a for a in self.settings.agents if self.lateness.safeguard.status(a, AgentState.ACTIVE)[1]}
+            self.sensors.muted_here(muted, self.settings.agents)
+
+    def _detail(self, agent: str) -> str:
+        if agent not in self.lateness.absent:
+            return ""
+        return (
+            f"no vote within {self.settings.deadline_s:g} s while a vector waited for it: see whether "
+            f"`quartet run --stage agent:{agent}` runs"
+        )
+
+    def _tell_levels(self) -> None:
+        agents = [agent for agent in self._facts if self.lateness.known(agent.removesuffix(CANARY)).version]
+        self.sensors.looked_back(self.stage, agents)
+
+
+def _left_out(entry: Entry) -> Reject:
+    return Reject(entry, "poison", "this vector ended the worker three times; it has no signal", CONSENSUS)
