@@ -38,7 +38,7 @@ def chained(stage, valkey):
 
 def drained(scene: Scene, lives: Mapping[str, Life], signals: int) -> None:
     """Until every signal is there; then every stage ends cleanly."""
-    until(lambda: progress(scene, "consensus") >= signals, lives["consensus"], 120.0)
+    until(lambda: progress(scene, "consensus") >= signals, lives["consensus"])
     for life in lives.values():
         assert life.terminate() == 0, life.text
 
@@ -49,21 +49,21 @@ def test_each_stage_is_killed_in_turn_and_its_standby_takes_over(stage, valkey, 
     split = stage(valkey, TREES, "split")
     owners = {name: start(split, name) for name in names(TREES)}
     split.feed(entries[:400])
-    until(lambda: progress(split, "consensus") > 0, owners["consensus"], 120.0)
+    until(lambda: progress(split, "consensus") > 0, owners["consensus"])
     standbys = {name: start(split, name) for name in names(TREES)}
     for life in standbys.values():
-        until(lambda life=life: "standing by" in life.text, life, 120.0)
+        until(lambda life=life: "standing by" in life.text, life)
     step, took_s = (len(entries) - 400) // len(owners), {}
     for place, name in enumerate(owners):
         first, end = 400 + step * place, len(entries) if name == "consensus" else 400 + step * (place + 1)
         before, middle = progress(split, name), (first + end) // 2
         split.feed(entries[first:middle], first)
-        until(lambda name=name, before=before: progress(split, name) > before, owners[name], 120.0)
+        until(lambda name=name, before=before: progress(split, name) > before, owners[name])
         assert owners[name].kill() == -signal.SIGKILL
         at_kill, began = progress(split, name), time.monotonic()
         split.feed(entries[middle:end], middle)
         life = standbys[name]
-        until(lambda name=name, at_kill=at_kill: progress(split, name) > at_kill, life, 120.0)
+        until(lambda name=name, at_kill=at_kill: progress(split, name) > at_kill, life)
         took_s[name] = time.monotonic() - began
     print("takeover, s:", {name: round(s, 2) for name, s in took_s.items()})
     drained(split, standbys, len(expected[":signals"]))
@@ -76,13 +76,13 @@ def test_a_frozen_stage_is_fenced_off(stage, valkey, chained):
     split = stage(valkey, TREES, "frozen")
     lives = {name: start(split, name) for name in names(TREES)}
     split.feed(entries[:440])
-    until(lambda: progress(split, "consensus") > 0, lives["consensus"], 120.0)
+    until(lambda: progress(split, "consensus") > 0, lives["consensus"])
     frozen = lives["consensus"]
     os.kill(frozen.pid, signal.SIGSTOP)
     at_freeze = progress(split, "consensus")
     lives["consensus"] = start(split, "consensus")
     split.feed(entries[440:], 440)
-    until(lambda: progress(split, "consensus") > at_freeze, lives["consensus"], 120.0)
+    until(lambda: progress(split, "consensus") > at_freeze, lives["consensus"])
     os.kill(frozen.pid, signal.SIGCONT)
     assert frozen.wait() == 75, frozen.text
     drained(split, lives, len(expected[":signals"]))
