@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 import orjson
@@ -43,6 +44,7 @@ REASONS = (
 
 MAX_PAYLOAD_BYTES = 4096
 MAX_FIELDS = 64
+MAX_SYMBOL = 64
 MAX_JSON_DEPTH = 4
 MAX_PRICE = 1e12
 MAX_VOLUME = 1e18
@@ -58,13 +60,17 @@ DEFAULT_INTERVAL = "1m"
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NOT_FINITE = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
-_SYMBOL = re.compile(r"[A-Za-z0-9._:/-]{1,64}")
+_SYMBOL = re.compile(r"[A-Za-z0-9._:/-]+")
 _INTERVAL = re.compile(r"([1-9][0-9]{0,4})([smhd])")
+_PLAIN_OHLCV = re.compile(r"(?:[0-9]{1,12}(?:\.[0-9]{1,20})?,){4}[0-9]{1,15}(?:\.[0-9]{1,20})?")
+"""Within every limit but those of sign and shape: under 1e12 and 1e18, 0 or at least 1e-20, no long integer."""
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 _JSON_CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _TRUE = frozenset(("true", "1"))
 _FALSE = frozenset(("false", "0"))
+_OHLCV = itemgetter("open", "high", "low", "close", "volume")
 
+OHLCV = tuple[float, float, float, float, float]
 Raw = Mapping[str, Any]
 """One bar as plain values: text, numbers, booleans or None by field name."""
 
@@ -100,23 +106,31 @@ def read_fields(fields: Mapping[bytes, bytes]) -> Raw:
 
     Raises `BadBarError` with `oversize`, `encoding`, `type` or `missing_field`.
     """
-    check_size(fields)
     data = fields.get(b"data")
-    return read_flat(fields) if data is None else read_json_object(data)
+    if data is None:
+        return read_flat(fields)
+    check_size(fields)
+    return read_json_object(data)
 
 
 def check_size(fields: Mapping[bytes, bytes]) -> None:
     """Raise `oversize` where an entry has over 64 fields or over 4 kB."""
+    _check_size(fields, b"".join(fields.keys()), b"".join(fields.values()))
+
+
+def _check_size(fields: Mapping[bytes, bytes], names: bytes, values: bytes) -> None:
     if len(fields) > MAX_FIELDS:
         raise BadBarError("oversize", f"{len(fields)} fields, at most {MAX_FIELDS} are read")
-    size = sum(len(k) + len(v) for k, v in fields.items())
+    size = len(names) + len(values)
     if size > MAX_PAYLOAD_BYTES:
         raise BadBarError("oversize", f"{size} bytes, at most {MAX_PAYLOAD_BYTES} are read")
 
 
 def read_flat(fields: Mapping[bytes, bytes]) -> Raw:
-    """Flat fields as text. Raises `BadBarError` with `encoding`."""
-    if _CONTROL.search(b"".join(fields.keys())) or _CONTROL.search(b"".join(fields.values())):
+    """Flat fields as text. Raises `BadBarError` with `oversize` or `encoding`."""
+    names, values = b"".join(fields.keys()), b"".join(fields.values())
+    _check_size(fields, names, values)
+    if _CONTROL.search(names) or _CONTROL.search(values):
         raise BadBarError("encoding", "a field holds NUL or a control character")
     try:
         return {k.decode(): v.decode() for k, v in fields.items()}
@@ -178,11 +192,29 @@ def check_bar(raw: Raw, now_ms: int, limits: Limits) -> Bar:
     if not is_closed(raw):
         raise UnclosedBarError
     ts = _timestamp(raw, interval_ms(interval), now_ms, limits)
+    return Bar(symbol, ts, interval, *(_plain_ohlcv(raw) or _ohlcv(raw)))
+
+
+def _plain_ohlcv(raw: Raw) -> OHLCV | None:
+    """Good values in plain decimals, as nearly all are, judged at once; None where each has to be looked at."""
+    try:
+        texts = _OHLCV(raw)
+        if _PLAIN_OHLCV.fullmatch(",".join(texts)) is None:
+            return None
+    except (KeyError, TypeError):
+        return None
+    open_, high, low, close, volume = map(float, texts)
+    if 0 < low <= open_ <= high and low <= close <= high:
+        return open_, high, low, close, volume
+    return None
+
+
+def _ohlcv(raw: Raw) -> OHLCV:
     open_, high, low, close = (_price(raw, name) for name in ("open", "high", "low", "close"))
     volume = _volume(raw)
     if high < low or not low <= open_ <= high or not low <= close <= high:
         raise BadBarError("ohlc", f"open {open_!r} high {high!r} low {low!r} close {close!r} contradict each other")
-    return Bar(symbol, ts, interval, open_, high, low, close, volume)
+    return open_, high, low, close, volume
 
 
 def _present(raw: Raw, name: str) -> Any:
@@ -196,9 +228,14 @@ def _symbol(raw: Raw) -> str:
     value = _present(raw, "symbol")
     if not isinstance(value, str):
         raise BadBarError("type", f"symbol is a {type(value).__name__}, text was expected")
-    if _SYMBOL.fullmatch(value) is None:
+    if len(value) > MAX_SYMBOL or not _is_symbol(value):
         raise BadBarError("symbol", f"{value[:80]!r} is not 1 to 64 characters of A-Z a-z 0-9 . _ : / -")
     return value
+
+
+@lru_cache(maxsize=16_384)
+def _is_symbol(text: str) -> bool:
+    return _SYMBOL.fullmatch(text) is not None
 
 
 def _interval(raw: Raw, limits: Limits) -> str:

@@ -21,6 +21,12 @@ CANARY_SHARE = 0.10
 _UNLOADED = (STATE_CODE[AgentState.LOADING], STATE_CODE[AgentState.REFUSED])
 _ACTIVE = STATE_CODE[AgentState.ACTIVE]
 _CANARY = STATE_CODE[AgentState.CANARY]
+_STATUSES = tuple(
+    str(s) for s in (Status.WITHHELD, Status.STALE, Status.BELOW_QUORUM, Status.NO_AGREEMENT, Status.HOLD, Status.OK)
+)
+_OK = len(_STATUSES) - 1
+_SPEAKS = _STATUSES.index(Status.NO_AGREEMENT)
+"""From this status on a signal has a confidence."""
 _ACTIONS = (Action.SELL, Action.HOLD, Action.BUY)
 
 
@@ -54,16 +60,15 @@ def decide(
     n_voting = voting.sum(axis=1)
     agreement = np.divide(agreeing, n_voting, out=np.zeros(len(winner)), where=n_voting > 0)
     status = _status(winner, tied, agreeing, n_voting, quorum, withheld, stale)
-    silent = np.isin(status, (Status.WITHHELD, Status.STALE, Status.BELOW_QUORUM))
     return Signals(
-        action=np.where(status == Status.OK, winner, Action.HOLD).astype(np.int8),
-        confidence=np.where(silent, 0.0, _mean_confidence(confidence, effective, agrees)),
+        action=np.where(status == _OK, winner, Action.HOLD).astype(np.int8),
+        confidence=np.where(status < _SPEAKS, 0.0, _mean_confidence(confidence, effective, agrees)),
         agreement=agreement,
         loaded=(~np.isin(state, _UNLOADED) & counts).sum(axis=1),
         eligible=(state == _ACTIVE).sum(axis=1),
         voting=n_voting,
         agreeing=agreeing,
-        status=tuple(status.tolist()),
+        status=tuple([_STATUSES[code] for code in status.tolist()]),
         effective=effective,
         configured=configured,
         quorum=quorum,
@@ -117,7 +122,8 @@ def _status(
     quorum: int,
     withheld: NDArray[np.bool_],
     stale: NDArray[np.bool_],
-) -> NDArray[np.str_]:
+) -> NDArray[np.int64]:
+    """The first that applies of `_STATUSES`, by its place."""
     is_hold = winner == Action.HOLD
     conditions = [
         withheld,
@@ -126,5 +132,4 @@ def _status(
         tied | (~is_hold & (agreeing < quorum)),
         is_hold,
     ]
-    choices = [Status.WITHHELD, Status.STALE, Status.BELOW_QUORUM, Status.NO_AGREEMENT, Status.HOLD]
-    return np.select(conditions, [np.array(str(c)) for c in choices], default=np.array(str(Status.OK)))
+    return np.select(conditions, list(range(_OK)), default=_OK)

@@ -23,6 +23,7 @@ _FIELD = b"window"
 
 _ACTIVE = STATE_CODE[AgentState.ACTIVE]
 _OPPOSED = (1 << Action.BUY) | (1 << Action.SELL)
+_NONE: frozenset[str] = frozenset()
 _CONCERNS = {
     "agreement_low": "agents agree too rarely: they may see different inputs, or one of them noise",
     "agreement_high": "agents agree too often: four that say the same are no more than one",
@@ -75,19 +76,23 @@ class EnsembleWatch:
 
     def _judge(self, bar: Bar) -> list[Event]:
         outside, before = self._concerns(), self._outside
+        if outside == before:
+            return []
         self._outside = outside
         begun = [self._event("ensemble_outside", name, bar, _CONCERNS[name]) for name in sorted(outside - before)]
         ended = [self._event("ensemble_inside", name, bar, "within its bounds again") for name in before - outside]
         return begun + sorted(ended, key=lambda event: event.reason)
 
     def _concerns(self) -> frozenset[str]:
-        agreement, hard = self.agreement_ratio, self.hard_disagreement_ratio
-        if len(self._recent) < self.limits.minimum or agreement is None or hard is None:
-            return frozenset()
+        agreement, hard, limits = self.agreement_ratio, self.hard_disagreement_ratio, self.limits
+        if len(self._recent) < limits.minimum or agreement is None or hard is None:
+            return _NONE
+        if limits.agreement_low <= agreement <= limits.agreement_high and hard <= limits.hard_disagreement:
+            return _NONE
         found = {
-            "agreement_low": agreement < self.limits.agreement_low,
-            "agreement_high": agreement > self.limits.agreement_high,
-            "hard_disagreement": hard > self.limits.hard_disagreement,
+            "agreement_low": agreement < limits.agreement_low,
+            "agreement_high": agreement > limits.agreement_high,
+            "hard_disagreement": hard > limits.hard_disagreement,
         }
         return frozenset(name for name, holds in found.items() if holds)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from streams.codec import StateCorruptError, seal, unseal
 from streams.formats import FormatReader
 from streams.messages import Bar, Entry, Event, Reject
 from streams.validation import (
+    OHLCV,
     BadBarError,
     Limits,
     Raw,
@@ -33,8 +35,6 @@ FEED_WINDOW = 500
 FEED_MINIMUM = 200
 FEED_REJECT_LIMIT = 0.05
 IMPLAUSIBLE_AHEAD_MS = 3_600_000
-
-OHLCV = tuple[float, float, float, float, float]
 
 
 @dataclass(slots=True)
@@ -105,6 +105,7 @@ class OutputIds:
         return self.last
 
 
+@lru_cache(maxsize=16)
 def _parts(entry_id: str) -> tuple[int, int]:
     ms, _, seq = entry_id.partition("-")
     return int(ms), int(seq or 0)
@@ -116,19 +117,22 @@ class FeedHealth:
     def __init__(self, recent: Sequence[int] = ()) -> None:
         self._recent = deque(recent, maxlen=FEED_WINDOW)
         self._rejects = sum(self._recent)
+        self.healthy = self._is_healthy()
 
-    def count(self, *, rejected: bool) -> None:
+    def count(self, *, rejected: bool) -> bool:
+        """Take one entry in; whether the feed became healthy or unhealthy by it."""
         if len(self._recent) == FEED_WINDOW:
             self._rejects -= self._recent[0]
         self._recent.append(int(rejected))
         self._rejects += rejected
+        before, self.healthy = self.healthy, self._is_healthy()
+        return self.healthy != before
 
     @property
     def reject_ratio(self) -> float:
         return self._rejects / len(self._recent) if self._recent else 0.0
 
-    @property
-    def healthy(self) -> bool:
+    def _is_healthy(self) -> bool:
         return len(self._recent) < FEED_MINIMUM or self.reject_ratio <= FEED_REJECT_LIMIT
 
     def pack(self) -> bytes:
@@ -301,9 +305,7 @@ class Intake:
 
     def _count(self, batch: _Batch, outcome: str, bar: Bar | None = None) -> None:
         batch.outcomes[outcome] += 1
-        was_healthy = self.health.healthy
-        self.health.count(rejected=outcome == "rejected")
-        if self.health.healthy != was_healthy:
+        if self.health.count(rejected=outcome == "rejected"):
             kind = "feed_healthy" if self.health.healthy else "feed_unhealthy"
             detail = f"{self.health.reject_ratio:.1%} of the last entries were rejected, the limit is 5 %"
             ts, name = (bar.ts, bar.bar_id) if bar else (0, "")

@@ -210,5 +210,7 @@ class Pipeline:
 
 def bar_by_bar(vectors: Vectors, events: Sequence[Event]) -> list[Event]:
     """The events of a batch in the order of its bars, as batches of one would give them."""
+    if not events:
+        return []
     rows = {bar.bar_id: row for row, bar in enumerate(vectors.accepted.bars)}
     return sorted(events, key=lambda event: rows[event.bar_id])

@@ -25,6 +25,7 @@ FAILURES = CRITERIA[5:]
 """The reasons of abstentions that are attempts; `insufficient_history` is none."""
 _FAILURE_KIND = {str(reason): 3 + place for place, reason in enumerate(FAILURES)}
 _JUDGED = [STATE_CODE[s] for s in (AgentState.ACTIVE, AgentState.CANARY, AgentState.SHADOW, AgentState.MUTED)]
+_IS_JUDGED = np.isin(np.arange(len(STATES)), _JUDGED)
 _WEIGHTED = np.array([state in (AgentState.ACTIVE, AgentState.CANARY) for state in STATES])
 """By code of a state, whether its votes have weight."""
 _ABSTAIN = int(Action.ABSTAIN)
@@ -91,7 +92,7 @@ class Safeguard:
 
     def watch(self, vectors: Vectors, ballots: Sequence[Ballot]) -> tuple[list[Ballot], list[Event]]:
         """The ballots with the state and reason of every row, and what was decided on the way, bar by bar."""
-        inputs = {ballot.features: _fingerprints(vectors, ballot.features) for ballot in ballots}
+        inputs = {features: _fingerprints(vectors, features) for features in {ballot.features for ballot in ballots}}
         bars = vectors.bars
         ts = np.array([bar.ts for bar in bars], np.int64)
         judged: list[Ballot] = []
@@ -154,8 +155,9 @@ class Safeguard:
         state = np.where(muted, STATE_CODE[AgentState.MUTED], ballot.state)
         state = np.where(probation, STATE_CODE[AgentState.SHADOW], state)
         reasons = list(ballot.reason)
-        for row in np.flatnonzero(muted & (ballot.action != _ABSTAIN)):
-            reasons[row] = _why(seen.status[row], seen.reason[row])
+        status, reason = seen.status.tolist(), seen.reason.tolist()
+        for row in np.flatnonzero(muted & (ballot.action != _ABSTAIN)).tolist():
+            reasons[row] = _why(status[row], reason[row])
         return replace(ballot, state=state.astype(np.int8), reason=tuple(reasons))
 
     def status(self, agent: str, state: AgentState) -> tuple[AgentState, str | None]:
@@ -301,8 +303,10 @@ def kind_of(action: int, state: int, reason: str | None) -> int:
 
 
 def _kinds(ballot: Ballot) -> NDArray[np.int64]:
-    rows = zip(ballot.action.tolist(), ballot.state.tolist(), ballot.reason, strict=True)
-    return np.array([kind_of(*row) for row in rows], np.int64)
+    kinds = ballot.action.astype(np.int64)
+    for row in np.flatnonzero((kinds == _ABSTAIN) | ~_IS_JUDGED[ballot.state]).tolist():
+        kinds[row] = kind_of(int(kinds[row]), int(ballot.state[row]), ballot.reason[row])
+    return kinds
 
 
 def _why(status: int, reason: int) -> str:

@@ -85,19 +85,26 @@ class Scoreboard:
         votes["action"] = _ABSTAIN
         _enter(votes, vectors.index, ballots, signals)
         returns, then = self._advance(rows, self._breaks(accepted), np.ascontiguousarray(accepted.ohlcv[:, 3]), votes)
-        for row in rows.tolist():
-            self._bars[row] = self._bars.get(row, 0) + 1
+        for row, bars in zip(*(x.tolist() for x in np.unique(rows, return_counts=True)), strict=True):
+            self._bars[row] = self._bars.get(row, 0) + bars
         if len(returns):
             self._append(returns, then, _by_slot(thresholds))
 
     def _breaks(self, accepted: Accepted) -> NDArray[np.bool_]:
         """Before which bars of the batch their series was interrupted; notes the last times."""
         last = self._pending.state["last_ts"]
+        order = np.argsort(accepted.rows, kind="stable")
+        rows = accepted.rows[order]
+        ts = np.array([bar.ts for bar in accepted.bars], np.int64)[order]
+        begins = np.append(True, rows[1:] != rows[:-1])
+        before = np.where(begins, last[rows], np.append(0, ts[:-1]))
+        ends = np.append(begins[1:], True)
+        last[rows[ends]] = ts[ends]
         broken = accepted.restart.copy()
-        for i, (row, bar) in enumerate(zip(accepted.rows.tolist(), accepted.bars, strict=True)):
-            before = int(last[row])
-            broken[i] |= before > 0 and missing_bars(before, bar.ts, interval_ms(bar.interval)) > 0
-            last[row] = bar.ts
+        steps = np.array([interval_ms(bar.interval) for bar in accepted.bars], np.int64)[order]
+        for place in np.flatnonzero((before > 0) & (ts - before != steps)).tolist():
+            missing = missing_bars(int(before[place]), int(ts[place]), int(steps[place]))
+            broken[order[place]] |= missing > 0
         return broken
 
     def _advance(

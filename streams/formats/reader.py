@@ -22,7 +22,6 @@ from streams.validation import (
     LATEST_TS_MS,
     BadBarError,
     Raw,
-    check_size,
     interval_ms,
     missing_bars,
     read_flat,
@@ -120,7 +119,6 @@ class FormatReader:
         """
         rule = self._rule(entry.key)
         if rule is NO_RULE and is_plain(entry.fields):  # most entries, at a fraction of the time
-            check_size(entry.fields)
             return [read_flat(entry.fields)]
         name, raws = recognise(entry)
         if rule is not NO_RULE or name in TABLES:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streams import validation
 from streams.messages import Bar
 from streams.validation import (
     REASONS,
@@ -255,3 +256,35 @@ FRIDAY = 20_252 * DAY  # 2025-06-13
 )
 def test_weekends_of_hourly_and_daily_bars_are_no_gap(last, ts, step, missing):
     assert missing_bars(last, ts, step) == missing
+
+
+DIGITS = st.text("0123456789", min_size=0, max_size=22)
+NEARLY_NUMBERS = st.one_of(
+    st.builds(
+        lambda whole, point, rest: whole + point + rest, DIGITS, st.sampled_from(["", ".", ",", "e", " "]), DIGITS
+    ),
+    st.sampled_from(
+        ["0", "0.0", "-1", "+1", "1e3", "1e-320", "nan", "inf", "1_0", "\u0661", "1\n", "", "999999999999.9"]
+    ),
+    st.decimals(min_value=1, max_value=10**13, allow_nan=False, places=4).map(str),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(values=st.tuples(*[NEARLY_NUMBERS] * 5))
+def test_plain_values_judged_at_once_are_those_that_are_judged_one_by_one(values):
+    raw = dict(zip(NUMBERS, values, strict=True))
+    at_once = validation._plain_ohlcv(raw)
+    try:
+        one_by_one = validation._ohlcv(raw)
+    except BadBarError:
+        one_by_one = None
+    assert at_once in (None, one_by_one)
+    if at_once is not None:
+        assert [math.copysign(1, x) for x in at_once] == [1.0] * 5
+
+
+@pytest.mark.parametrize("values", [("10", "12.5", "9", "11", "5"), ("0.1", "0.1", "0.1", "0.1", "0.0")])
+def test_values_as_most_feeds_write_them_are_judged_at_once(values):
+    raw = dict(zip(NUMBERS, values, strict=True))
+    assert validation._plain_ohlcv(raw) == validation._ohlcv(raw) == tuple(map(float, values))

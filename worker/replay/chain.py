@@ -8,7 +8,7 @@ gives its recorded votes, with the state and the reason that they had.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -101,11 +101,18 @@ class Chain:
         """Whether the state will be restored once more: packing it for nobody would take time."""
         return self.restart_every is not None or any(step.kind == "started" for step in self._steps)
 
-    def run(self, batch_size: int, stopwatch: Stopwatch = nullcontext) -> Iterator[tuple[Result, frozenset[str]]]:
-        """Every batch and the agents that were taken over in it. Cuts where something changed in between."""
+    def run(
+        self, batch_size: int, stopwatch: Stopwatch = nullcontext, settle: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[Result, frozenset[str]]]:
+        """Every batch and the agents that were taken over in it. Cuts where something changed in between.
+
+        `settle` is called before such a change: an agent that is taken over from there on takes its votes
+        from the source, so whoever compares beside has to be done with those before.
+        """
         held: list[Entry] = []
         while held := held or self.source.entries(batch_size):
             while self._steps and self._steps[0].is_due(held[0]):
+                settle()
                 self._apply(self._steps.pop(0))
             cut = self._next_cut(held)
             entries, held = held[:cut], held[cut:]

@@ -24,11 +24,20 @@ class Source:
         self.namespace = str(recording.header["namespace"])
         self._blocks: Iterator[list[bytes]] = recording.blocks()
         self._waiting: dict[bytes, deque[bytes]] = defaultdict(deque)
+        self._entries: deque[Entry] = deque()
         self._lock = threading.RLock()
 
     def entries(self, count: int) -> list[Entry]:
         """The next entries of the inputs, in the order in which they were read."""
-        return [Entry(item.key, item.id, item.fields) for item in self.take("bars", count)]
+        with self._lock:
+            self.read_ahead(count)
+            return [self._entries.popleft() for _ in range(min(count, len(self._entries)))]
+
+    def read_ahead(self, count: int) -> None:
+        """Read and decode the next entries of the inputs, so that taking them takes no time."""
+        with self._lock:
+            items = self.take("bars", count - len(self._entries))
+            self._entries.extend(Entry(item.key, item.id, item.fields) for item in items)
 
     def take(self, stream: str, count: int) -> list[Recorded]:
         """The next `count` entries of a stream."""

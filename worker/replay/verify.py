@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from streams.recording import Recording
 from worker.builds import build
 from worker.encoding import feature_messages, signal_messages, vote_messages
 from worker.pipeline import Result
+from worker.replay.beside import Beside
 from worker.replay.chain import Chain, check_beginning
 from worker.replay.compare import Comparison, Difference, Place
 from worker.replay.outline import VOTES, Outline, Progress, read_outline
@@ -83,12 +85,15 @@ class Verdict:
 
 @dataclass
 class Clock:
-    """Seconds inside the stage of the models, for the benchmark and the summary."""
+    """Seconds inside the stage of the models, for the benchmark and the summary; `models_begin` is told of each."""
 
     models_s: float = 0.0
+    models_begin: Callable[[], None] = lambda: None
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        if stage == "agents":
+            self.models_begin()
         began = time.perf_counter()
         yield
         if stage == "agents":
@@ -144,13 +149,20 @@ def verify(
 
 
 def _run(chain: Chain, comparison: Comparison, clock: Clock, batch_size: int, progress: Progress) -> int:
-    bars = 0
-    for result, recorded in chain.run(batch_size, clock):
-        found = compare_batch(comparison, chain.source, result, recorded)
-        comparison.take(found, len(result.accepted))
-        bars += len(result.accepted)
-        progress(sum(result.accepted.outcomes.values()))
-    return bars
+    """Each batch is compared, and what comes after it read, while the models compute the next one."""
+
+    def compare(result: Result, recorded: frozenset[str]) -> None:
+        comparison.take(compare_batch(comparison, chain.source, result, recorded), len(result.accepted))
+        chain.source.read_ahead(batch_size)
+
+    with Beside() as beside:
+        clock.models_begin = beside.begin
+        for result, recorded in chain.run(batch_size, clock, beside.settle):
+            beside.settle()
+            beside.leave(partial(compare, result, recorded))
+            progress(sum(result.accepted.outcomes.values()))
+        beside.settle()
+    return comparison.bars
 
 
 def compare_batch(
