@@ -104,13 +104,21 @@ def load_file(file: Path, agent: str, options: LoadOptions) -> Loading:
     return _examine(candidate, options)
 
 
-def load_exact(models: Path, agent: str, file: str, sha256: str, options: LoadOptions) -> Loading:
-    """Load the artifact of that hash and no other: from `models`, whatever its name is there, or from `file`."""
+def load_exact(models: Path, agent: str, file: str, sha256: str, options: LoadOptions, *, digest: str = "") -> Loading:
+    """Load the artifact of that hash and no other: from `models`, whatever its name is there, or from `file`.
+
+    With a `digest` also with no other scaler and metadata than those.
+    """
     named = [candidate_of(place, agent) for place in (models / Path(file).name, Path(file))]
     found = [c for c in dict.fromkeys((*named, *discover(models, agent))) if c and _sha256(c, options) == sha256]
-    loadings = [_examine(candidate, options) for candidate in found[:1]]
-    if loadings and (loadings[0].model is None or loadings[0].model.sha256 == sha256):
-        return loadings[0]
+    for candidate in found:
+        loading = _examine(candidate, options)
+        if loading.facts.get("sha256") == sha256 and digest in ("", loading.facts.get("digest")):
+            return loading
+    if found and digest:
+        name = found[0].file.name
+        detail = f"the scaler or the metadata beside {name} are not those of then: put them back"
+        return Loading(agent, refusal=Refusal(Reason.NO_ARTIFACT, detail, name), candidate=found[0])
     detail = (
         f"the artifact in use, {Path(file).name} with sha256 {sha256[:12]}, is neither in {models} nor at {file}: "
         f"put it back, or serve the newest with `quartet models reload {agent}`"

@@ -34,6 +34,7 @@ from worker.builds import build, started
 from worker.replay import chain, verify
 from worker.replay.outline import read_outline
 from worker.replay.source import Source
+from worker.roster import Artifact
 from worker.settings import Settings
 from worker.testing import Quartet
 from worker.training.market import generate
@@ -51,8 +52,8 @@ class Held:
         self.missing: dict[tuple[str, str], str] = {}
         self._models = models
 
-    def find(self, agent: str, version: str) -> Loading:
-        assert version == self._models[agent].version
+    def find(self, agent: str, wanted: Artifact) -> Loading:
+        assert wanted.version == self._models[agent].version
         return Loading(agent, self._models[agent])
 
 

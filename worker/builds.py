@@ -60,7 +60,7 @@ def started(settings: Settings, loadings: Sequence[Loading], position: Position,
         "build": program,
         "contracts": {name: s.contract for name, s in FEATURE_SETS.items()},
         "agents": {
-            x.agent: {"version": x.model.version, "sha256": x.model.sha256}
+            x.agent: {"version": x.model.version, "sha256": x.model.sha256, "digest": x.model.digest}
             if x.model
             else {"refused": str(x.refusal.reason) if x.refusal else ""}
             for x in loadings

@@ -311,15 +311,16 @@ def _ballot(agent: str, vote: Message) -> Ballot:
 
 def check_models(place: Place, found: Explanation, settings: Settings, outline: Outline) -> list[Check]:
     """Each model's outputs, action and confidence again, from the recorded features."""
-    shelf = Shelf(settings.models, load_options(settings), outline.hashes)
+    shelf = Shelf(settings.models, load_options(settings))
     history: dict[int, list[Message]] = {}
     checks = []
     for agent, vote in found.votes.items():
         if vote["version"] is None or vote["outputs"] is None:
             continue
-        model = shelf.find(agent.removesuffix(CANARY), vote["version"]).model
+        named = agent.removesuffix(CANARY), vote["version"]
+        model = shelf.find(named[0], outline.artifact(*named)).model
         if model is None:
-            why = shelf.missing[agent.removesuffix(CANARY), vote["version"]]
+            why = shelf.missing[named]
             checks.append(Check(agent, None, f"not recomputed: {why}"))
             continue
         if model.window not in history:

@@ -253,6 +253,50 @@ def test_a_file_of_the_same_version_with_other_bytes_is_not_taken(day: Day, mode
     assert version in why
 
 
+def _other_scaler(models: Path, to: Path) -> Path:
+    """The same models, but for another scaler beside the file of LightGBM; its name."""
+    shutil.copytree(models, to)
+    scaler = next(to.glob("lightgbm_v*_scaler.json"))
+    document = json.loads(scaler.read_bytes())
+    document["mean"] = [mean + 0.5 for mean in document["mean"]]
+    scaler.write_text(json.dumps(document))
+    return next(to.glob("lightgbm_v*.txt"))
+
+
+def test_another_scaler_beside_the_same_model_file_is_not_what_voted(day: Day, models: Path, tmp_path: Path) -> None:
+    scene, file = day
+    model = _other_scaler(models, tmp_path / "models")
+    found = scene.verify(file, models=model.parent)
+    assert found.same
+    assert not found.ok
+    ((agent, _), why), *others = found.missing.items()
+    assert (agent, others) == ("lightgbm", [])
+    assert why.startswith(f"the scaler or the metadata beside {model.name} are not those of then")
+    assert "votes:lightgbm" not in found.comparison.compared
+    # The true one may lie there under any other name.
+    for part in models.glob("lightgbm_v*"):
+        shutil.copy(part, model.parent / part.name.replace("lightgbm_v20", "lightgbm_v19"))
+    assert scene.verify(file, models=model.parent).ok
+
+
+def test_a_start_that_names_no_digest_has_it_from_the_events_before_it(day: Day, models: Path, tmp_path: Path) -> None:
+    """As recorded before starts named one."""
+    scene, file = day
+
+    def drop(event: dict[str, Any]) -> None:
+        for named in (event["evidence"].get("agents") or {}).values():
+            named.pop("digest")
+
+    def change(item: Item) -> list[Item]:
+        started = isinstance(item, Recorded) and item.stream == "events" and b'"started"' in item.fields[b"data"]
+        return [edited(item, drop) if started else item]
+
+    older = rewrite(file, tmp_path / "older.jsonl.zst", change)
+    assert scene.verify(older).ok
+    found = scene.verify(older, models=_other_scaler(models, tmp_path / "models").parent)
+    assert [agent for agent, _ in found.missing] == ["lightgbm"]
+
+
 def test_a_recording_of_another_build_is_compared_within_a_hundred_thousandth(day: Day, tmp_path: Path) -> None:
     scene, file = day
 

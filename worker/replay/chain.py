@@ -25,9 +25,10 @@ from worker.decoding import ballot_of
 from worker.errors import CheckFailed
 from worker.pipeline import Pipeline, Result
 from worker.qsc import Safeguard
-from worker.replay.outline import VOTES, Outline, Step, steps_in_order
+from worker.replay.outline import VOTES, Outline, Step, artifact_of, steps_in_order
 from worker.replay.shelf import Shelf
 from worker.replay.source import Source
+from worker.roster import Artifact
 from worker.settings import Settings
 from worker.stages.lateness import Lateness
 from worker.voting import AgentStage, Seat, Stopwatch, Windows
@@ -84,7 +85,8 @@ class Chain:
             self.notes.append("the recording has no start of a worker: verified with the settings of this machine")
         self._applied = self._settings(start)
         self._sets = self._computed(start)
-        self.shelf = Shelf(self.settings.models, load_options(self._applied), self.outline.hashes)
+        self.shelf = Shelf(self.settings.models, load_options(self._applied))
+        self._wanted: dict[str, Artifact] = {}
         self._steps = steps_in_order(self.outline)
         self._left_out = frozenset(self.outline.left_out)
         self._state: State = defaultdict(dict)
@@ -151,7 +153,10 @@ class Chain:
         if start is not None:
             return self._seats(start)
         named = {agent: self.outline.versions.get(agent, (None, "")) for agent in self._applied.agents}
-        return [self._seat(agent, version, reason) for agent, (version, reason) in named.items()]
+        return [
+            self._seat(agent, None if version is None else self.outline.artifact(agent, version), reason)
+            for agent, (version, reason) in named.items()
+        ]
 
     def _seats(self, start: Step, before: Mapping[str, Seat] | None = None) -> list[Seat]:
         """The seats of a start; one of a single stage leaves what was `before` it of the agents of others."""
@@ -161,7 +166,7 @@ class Chain:
         return [
             kept[agent]
             if agent in kept and agent not in agents
-            else self._seat(agent, one.get("version"), one.get("refused", ""))
+            else self._seat(agent, artifact_of(one) if one.get("version") else None, one.get("refused", ""))
             for agent, one in named.items()
         ]
 
@@ -169,10 +174,12 @@ class Chain:
         """The feature sets that a feature stage said it computes; None where they follow from the models."""
         return None if start is None else start.evidence.get("feature_sets")
 
-    def _seat(self, agent: str, version: str | None, reason: str) -> Seat:
+    def _seat(self, agent: str, wanted: Artifact | None, reason: str) -> Seat:
         weight = self._applied.weights[agent]
-        if version is not None:
-            loading = self.shelf.find(agent, version)
+        self._wanted.pop(agent, None)
+        if wanted is not None:
+            self._wanted[agent] = wanted
+            loading = self.shelf.find(agent, wanted)
             return Seat(agent, weight, loading.model, loading.refusal)
         refused = Reason(reason) if reason in tuple(Reason) else Reason.NO_ARTIFACT
         return Seat(agent, weight, refusal=Refusal(refused, _AS_RECORDED))
@@ -241,7 +248,7 @@ class Chain:
     def _change(self, step: Step) -> None:
         agent = step.agent.removesuffix(CANARY)
         beside = agent != step.agent
-        version = step.evidence.get("version")
+        named = artifact_of(step.evidence) if step.evidence.get("version") else None
         if step.kind == "gap" and isinstance(step.after, tuple):
             self.notes.append(f"vectors or votes were lost behind {step.evidence.get('after')}: the rest may differ")
         elif step.kind == "gap":
@@ -252,17 +259,25 @@ class Chain:
             self.pipeline.safeguard.mute(agent)
         elif step.kind == "agent_readmitted" and step.reason == "operator":
             self.pipeline.safeguard.unmute(agent)
-        elif step.kind in ("canary_started", "shadow_started"):
-            self._begin_trial(agent, str(version), AgentState(step.kind.removesuffix("_started")))
-        elif step.kind == "promoted":
-            self._promote(agent, str(version))
         elif step.kind == "rolled_back" and beside:
             self._end_trial(agent)
-        elif step.kind in ("rolled_back", "reload") or (step.kind == "version" and not beside):
-            self._install(agent, version, pinned=step.kind == "rolled_back")
+        elif named is None:
+            return
+        elif step.kind in ("canary_started", "shadow_started"):
+            self._begin_trial(agent, named, AgentState(step.kind.removesuffix("_started")))
+        elif step.kind == "promoted":
+            self._promote(agent, named)
+        elif step.kind in ("rolled_back", "reload"):
+            self._install(agent, named, pinned=step.kind == "rolled_back")
+        elif step.kind == "version" and not beside and named.version != self._version(agent):
+            self._install(agent, self.outline.artifact(agent, named.version), pinned=False)
 
-    def _begin_trial(self, agent: str, version: str, kind: AgentState) -> None:
-        loading = self.shelf.find(agent, version)
+    def _version(self, agent: str) -> str | None:
+        """The version that serves under an agent's name, whether or not it is at hand."""
+        return self._wanted[agent].version if agent in self._wanted else None
+
+    def _begin_trial(self, agent: str, wanted: Artifact, kind: AgentState) -> None:
+        loading = self.shelf.find(agent, wanted)
         if loading.model is None:
             self._take_over(agent + CANARY)
         else:
@@ -274,21 +289,21 @@ class Chain:
         elif self.pipeline.voting.stage(agent + CANARY) is not None:
             self.pipeline.voting.remove(agent + CANARY)
 
-    def _promote(self, agent: str, version: str) -> None:
-        if self.pipeline.records[agent].trial is not None and agent not in self.recorded:
+    def _promote(self, agent: str, wanted: Artifact) -> None:
+        if self.pipeline.records[agent].trial is not None:
             self.pipeline.agents.promote(agent)
+            self._wanted[agent] = wanted
             return
         self._end_trial(agent)
-        self._install(agent, version, pinned=True)
+        self._install(agent, wanted, pinned=True)
 
-    def _install(self, agent: str, version: str | None, *, pinned: bool) -> None:
-        """Seat the model of a version, unless it sits there already."""
-        stage = self.pipeline.voting.stage(agent)
-        if stage is None or version is None:
+    def _install(self, agent: str, wanted: Artifact, *, pinned: bool) -> None:
+        """Seat a model, unless it sits there already."""
+        before = self._wanted.get(agent)
+        if self.pipeline.voting.stage(agent) is None or wanted.is_same(before):
             return
-        if stage.seat.model is not None and stage.seat.model.version == version:
-            return
-        loading = self.shelf.find(agent, version)
+        self._wanted[agent] = wanted
+        loading = self.shelf.find(agent, wanted)
         if loading.model is None:
             self._take_over(agent)
         else:

@@ -12,6 +12,7 @@ import orjson
 from streams.messages import CANARY, Entry
 from streams.recording import Lost, Recorded, Recording, decode, stream_of
 from streams.store import id_tuple
+from worker.roster import Artifact
 
 DECIDED_THEN = ("future", "poison")
 """Rejections that the entry alone does not explain: they are taken from the recording."""
@@ -61,8 +62,8 @@ class Outline:
 
     `lost` counts by stream what was trimmed before it was recorded.
     `left_out` are entries (key, ID) refused for a reason of that moment, `stale` the bars whose signal was, `missed`
-    the bars that were decided without agents, and which,
-    `hashes` the SHA-256 of each (agent, version) that was named, `versions` the first of each agent's votes.
+    the bars that were decided without agents, and which, `artifacts` the last of each (agent, version) that was named
+    by its bytes, `versions` the first of each agent's votes.
     """
 
     bars: int = 0
@@ -72,7 +73,7 @@ class Outline:
     missed: dict[str, frozenset[str]] = field(default_factory=dict)
     starts: list[Step] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
-    hashes: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
+    artifacts: dict[tuple[str, str], Artifact] = field(default_factory=dict)
     versions: dict[str, tuple[str | None, str]] = field(default_factory=dict)
     _ordinary: dict[bytes, bytes] = field(default_factory=lambda: {_BARS: b"", b"features": b""}, repr=False)
     """What an entry of a stream contains where it says nothing new."""
@@ -129,8 +130,11 @@ class Outline:
 
     def _event(self, event: Mapping[str, Any]) -> None:
         evidence: Mapping[str, Any] = event["evidence"] or {}
+        if event["kind"] == "started":
+            agents = {agent: self._completed(agent, named or {}) for agent, named in evidence["agents"].items()}
+            evidence = {**evidence, "agents": agents}
         for agent, named in self._named(event, evidence):
-            self.hashes[agent.removesuffix(CANARY), named["version"]] = named["sha256"], named.get("file", "")
+            self.artifacts[agent.removesuffix(CANARY), named["version"]] = artifact_of(named)
         if event["kind"] == "gap" and event["reason"] == "lost" and "after" in evidence:
             evidence = {**evidence, "position": {evidence["key"]: evidence["after"]}}
         if "position" not in evidence:
@@ -165,11 +169,25 @@ class Outline:
             evidence = {**evidence, **start.evidence, "agents": agents}
         return Step("started", "", "", evidence, {})
 
+    def _completed(self, agent: str, named: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a start names, with what the events before it say of the same file: early starts named no digest."""
+        known = self.artifacts.get((agent, named.get("version", "")))
+        return {"digest": known.digest, **named} if known and known.sha256 == named.get("sha256") else named
+
+    def artifact(self, agent: str, version: str) -> Artifact:
+        """What was last named by this version, as far as it was."""
+        return self.artifacts.get((agent, version), Artifact("", version, ""))
+
     @staticmethod
     def _named(event: Mapping[str, Any], evidence: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
         """The artifacts that an event names, by agent."""
         agents = evidence.get("agents") if event["kind"] == "started" else {event["agent"]: evidence}
         return [(agent, e) for agent, e in (agents or {}).items() if e and e.get("version") and e.get("sha256")]
+
+
+def artifact_of(named: Mapping[str, Any]) -> Artifact:
+    """The artifact that the evidence of an event names; one of a version alone has no hash."""
+    return Artifact(named.get("file", ""), named["version"], named.get("sha256", ""), named.get("digest", ""))
 
 
 def _is_stale(signal: bytes) -> bool:

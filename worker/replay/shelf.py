@@ -1,50 +1,50 @@
-"""The artifacts of a recording's votes, found in a folder by version and hash; those that are not there are named."""
+"""The artifacts of a recording's votes, found in a folder by their bytes; those that are not there are named."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from agents.agent import Refusal
 from agents.artifacts import Loading, LoadOptions, discover, load_exact, load_file
 from streams.messages import Reason
-
-Named = tuple[str, str]
-"""An agent and a version."""
+from worker.roster import Artifact
 
 
 class Shelf:
-    """Loads each artifact once. `hashes` are the SHA-256 and file of those that the recording names by hash."""
+    """Loads each artifact once. `missing` says why of each (agent, version) that is not at hand."""
 
-    def __init__(self, models: Path, options: LoadOptions, hashes: Mapping[Named, tuple[str, str]]) -> None:
-        self.missing: dict[Named, str] = {}
+    def __init__(self, models: Path, options: LoadOptions) -> None:
+        self.missing: dict[tuple[str, str], str] = {}
         self._models = models
         self._options = options
-        self._hashes = hashes
-        self._held: dict[Named, Loading] = {}
+        self._held: dict[tuple[str, Artifact], Loading] = {}
 
-    def find(self, agent: str, version: str) -> Loading:
-        """The artifact of that version; without a model where it is not at hand or is refused, which is noted."""
-        named = agent, version
-        if named not in self._held:
-            loading = self._load(agent, version)
-            self._held[named] = loading
+    def find(self, agent: str, wanted: Artifact) -> Loading:
+        """The artifact of these bytes, as far as the recording names them, or of this version alone.
+
+        It comes without a model where it is not at hand or is refused, which is noted.
+        """
+        if (agent, wanted) not in self._held:
+            loading = self._load(agent, wanted)
+            self._held[agent, wanted] = loading
             if loading.model is None:
-                self.missing[named] = loading.refusal.detail if loading.refusal else "refused"
-        return self._held[named]
+                self.missing[agent, wanted.version] = loading.refusal.detail if loading.refusal else "refused"
+        return self._held[agent, wanted]
 
-    def _load(self, agent: str, version: str) -> Loading:
-        sha256, file = self._hashes.get((agent, version), ("", ""))
-        if sha256:
-            loading = load_exact(self._models, agent, file or "-", sha256, self._options)
+    def _load(self, agent: str, wanted: Artifact) -> Loading:
+        if wanted.sha256:
+            loading = load_exact(
+                self._models, agent, wanted.file or "-", wanted.sha256, self._options, digest=wanted.digest
+            )
             if loading.model is not None or loading.candidate is not None:
-                return self._as(loading, version)
+                return self._as(loading, wanted.version)
         else:
             for candidate in discover(self._models, agent):
-                if candidate.version == version:
+                if candidate.version == wanted.version:
                     return load_file(candidate.file, agent, self._options)
-        what = f"version {version} of {agent}" + (f" with sha256 {sha256[:12]}" if sha256 else "")
+        what = f"version {wanted.version} of {agent}"
+        what += f" with sha256 {wanted.sha256[:12]}" if wanted.sha256 else ""
         detail = f"{what} is not in {self._models}: put it there, or name another folder with --models"
         return Loading(agent, refusal=Refusal(Reason.NO_ARTIFACT, detail))
 
