@@ -47,6 +47,8 @@ def _settings(flags: dict[str, Any]) -> Any:
 
     settings = load(**flags)
     use_kernel_cache(settings.state_dir)
+    if flags["config"] is not None:
+        os.environ["QUARTET_CONFIG"] = str(flags["config"])  # for the programs that this one starts
     return settings
 
 

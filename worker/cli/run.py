@@ -26,6 +26,9 @@ def run(
         str | None,
         typer.Option("--stage", metavar="NAME", help="One stage only: features, agent:NAME or consensus."),
     ] = None,
+    split: Annotated[
+        bool, typer.Option("--split", help="Every stage as a process of its own, started and watched by this one.")
+    ] = False,
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Compute the state anew from the retained input; emits nothing.")
     ] = False,
@@ -34,8 +37,10 @@ def run(
     from worker.assembly import serve
     from worker.logs import make_logger
     from worker.service import Options
+    from worker.split import serve_split
 
     name = _stage(settings, stage)
+    _check_split(split, stage, rebuild)
     options = Options(until_idle_s=until_idle, accept_gap=accept_gap, rebuild=rebuild)
 
     def stop(_number: int, _frame: Any) -> None:
@@ -48,7 +53,19 @@ def run(
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     log = make_logger(settings.log_level)
+    if split:
+        serve_split(reading(settings, bars), options, log)
+        return
     serve(reading(settings, bars), options, log.bind(stage=name) if stage else log, name)
+
+
+def _check_split(split: bool, stage: str | None, rebuild: bool) -> None:
+    from worker.errors import UsageError
+
+    if split and stage is not None:
+        raise UsageError(f"--split runs every stage and --stage {stage} only one: give one of the two")
+    if split and rebuild:
+        raise UsageError("--rebuild is for one stage: stop the others, then `quartet run --stage NAME --rebuild`")
 
 
 def _stage(settings: Settings, stage: str | None) -> str:

@@ -1,0 +1,291 @@
+"""`quartet run --split`: every stage as a process of its own on this machine, started, watched and stopped together.
+
+The consensus comes last: an agent that is still loading its model is not late. A stage that dies is started again.
+One that fails before all of them served, or dies again and again, ends them all: what it said on stderr is the reason.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import Event
+
+import redis
+from structlog.typing import FilteringBoundLogger
+
+from streams.inputs import Inputs
+from streams.keys import CONSENSUS, FEATURES, Keys
+from streams.redis import RedisStore
+from streams.store import FIRST_ID, Position, StoreUnavailableError
+from worker.assembly import check_way, open_client, server_url, stage_names
+from worker.errors import CHECK_FAILED, UNAVAILABLE, USAGE, CheckFailed, QuartetError, Unavailable, UsageError
+from worker.notify import Notifier
+from worker.service import Options
+from worker.settings import Settings
+
+POLL_S = 0.1
+LOOK_S = 0.5
+"""Seconds between two looks at how far the stages are."""
+
+PAUSES_S = (0.0, 0.5, 1.0, 2.0, 5.0)
+"""What passes before each new life of a stage; it has no more lives than these within `SHORT_S` each."""
+
+SHORT_S = 30.0
+"""A life that was longer than this starts the count of pauses anew."""
+
+PATIENCE_S = 25.0
+"""How long a stage may take to commit its batch in hand once it was told to stop; service managers give 30."""
+
+PR_SET_PDEATHSIG = 1
+
+_FAILURES: Mapping[int, type[QuartetError]] = {CHECK_FAILED: CheckFailed, USAGE: UsageError, UNAVAILABLE: Unavailable}
+
+
+def ports(stages: Sequence[str], first: int) -> dict[str, int]:
+    """Each stage's port of metrics and health: `first` is the consensus's, the others follow; 0 is any free one."""
+    ordered = [stages[-1], *stages[:-1]]
+    return {stage: first + place if first else 0 for place, stage in enumerate(ordered)}
+
+
+def command_of(stage: str, settings: Settings, port: int, flags: Sequence[str] = ()) -> list[str]:
+    """The command line of one stage; settings that have no flag reach it by the environment and the file."""
+    told = {"--namespace": settings.namespace, "--http-port": port}
+    told |= {"--models": settings.models, "--state-dir": settings.state_dir}
+    shared = [str(part) for pair in told.items() for part in pair]
+    bars = [part for key in settings.bars for part in ("--bars", key)]
+    return [sys.executable, "-m", "worker", "run", "--stage", stage, *shared, *bars, *flags]
+
+
+def environment_of(url: str) -> dict[str, str]:
+    """The environment of every stage. The server's URL stands here: a command line shows its password to everybody.
+
+    What tells a service manager apart from its children stays with the supervisor.
+    """
+    ours = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "QUARTET_REDIS_FILE")
+    return {name: value for name, value in os.environ.items() if name not in ours} | {"QUARTET_REDIS": url}
+
+
+def _end_with_parent() -> None:
+    """Have the kernel stop a stage whose supervisor was killed, so that nothing of it is left behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@dataclass
+class Stage:
+    """One stage and the process that runs it, if one does."""
+
+    name: str
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    process: subprocess.Popen[bytes] | None = None
+    lives: int = 0
+    deaths: int = 0
+    born: float = 0.0
+    due: float = 0.0
+
+    def start(self) -> None:
+        """Begin a life."""
+        self.process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.DEVNULL,
+            env=self.environment,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509 - the supervisor has one thread
+        )
+        self.lives += 1
+        self.born = time.monotonic()
+
+    @property
+    def code(self) -> int | None:
+        """How the last life ended; None while it lasts, or before the first."""
+        return None if self.process is None else self.process.poll()
+
+    def bury(self, now: float) -> float | None:
+        """Note a death: the seconds until the next life, None where there were too many short ones."""
+        self.process = None
+        self.deaths = 0 if now - self.born > SHORT_S else self.deaths + 1
+        if self.deaths >= len(PAUSES_S):
+            return None
+        self.due = now + PAUSES_S[self.deaths]
+        return PAUSES_S[self.deaths]
+
+
+@dataclass
+class Supervisor:
+    """Runs `stages` until `stop` is set or `idle` says that there is nothing left to do.
+
+    The last of them starts once the others serve. `serving` says whether stages of these names have an instance that
+    is alive; it and `idle` are asked every `LOOK_S` seconds.
+    """
+
+    stages: Sequence[Stage]
+    log: FilteringBoundLogger
+    stop: Event
+    serving: Callable[[Sequence[str]], bool]
+    idle: Callable[[], bool] = lambda: False
+    notifier: Notifier = field(default_factory=Notifier)
+    reload: Event = field(default_factory=Event)
+    _served: bool = False
+    _looked: float = 0.0
+
+    def run(self) -> None:
+        """Serve. Raises the `QuartetError` that a stage's end amounts to, after all have stopped."""
+        try:
+            self.stages[-1].due = float("inf")
+            while not self.stop.wait(POLL_S) and not self._finished():
+                for stage in self.stages:
+                    self._mind(stage)
+                if self.reload.is_set():
+                    self._reload()
+                self.notifier.alive()
+        finally:
+            self.notifier.stopping()
+            self._end()
+
+    def _start(self, stage: Stage) -> None:
+        stage.start()
+        assert stage.process is not None  # noqa: S101 - it was just started
+        line = f"stage {stage.name} started"
+        self.log.info(line, stage=stage.name, pid=stage.process.pid, life=stage.lives)
+
+    def _mind(self, stage: Stage) -> None:
+        now = time.monotonic()
+        if stage.process is None:
+            if now >= stage.due:
+                self._start(stage)
+            return
+        code = stage.code
+        if code is None:
+            return
+        if code == USAGE or (code in _FAILURES and not self._served):
+            raise _FAILURES.get(code, CheckFailed)(f"stage {stage.name} ended with exit code {code}; its line says why")
+        pause = stage.bury(now)
+        if pause is None:
+            raise CheckFailed(
+                f"stage {stage.name} died {stage.deaths} times in a row, the last time with exit code {code}: "
+                f"see its lines above, or run it alone with `quartet run --stage {stage.name}`"
+            )
+        line = f"stage {stage.name} ended; starting it again"
+        self.log.error(line, stage=stage.name, reason=str(code), pause_s=pause)
+
+    def _finished(self) -> bool:
+        """Whether the stages have nothing left to do; sees to it that the last one starts."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_S:
+            return False
+        self._looked = now
+        try:
+            return self._all_serve() and self.idle()
+        except (redis.RedisError, StoreUnavailableError):
+            return False  # the stages meet the same outage and say so
+
+    def _all_serve(self) -> bool:
+        *others, last = [stage.name for stage in self.stages]
+        if self.stages[-1].lives == 0 and self.serving(others):
+            self.stages[-1].due = 0.0
+        if not self.serving([*others, last]):
+            return False
+        if not self._served:
+            self._served = True
+            self.log.info("all stages serve", n=len(self.stages))
+            self.notifier.ready(f"{len(self.stages)} stages serve")
+        return True
+
+    def _end(self) -> None:
+        """Stop every stage; each commits its batch in hand."""
+        alive = [stage.process for stage in self.stages if stage.process is not None and stage.code is None]
+        for process in alive:
+            process.terminate()
+        deadline = time.monotonic() + PATIENCE_S
+        for process in alive:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self.log.exception("a stage does not stop; killed", pid=process.pid)
+                process.kill()
+                process.wait()
+
+    def _reload(self) -> None:
+        """Pass SIGHUP on: the agents read their newest artifacts."""
+        self.reload.clear()
+        for stage in self.stages:
+            if stage.process is not None and stage.code is None:
+                stage.process.send_signal(signal.SIGHUP)
+
+
+class Progress:
+    """How far the stages of a namespace are, asked of the server."""
+
+    def __init__(self, client: redis.Redis, settings: Settings) -> None:
+        self._client = client
+        self._keys = Keys(settings.namespace)
+        self._stages = stage_names(settings)
+        self._inputs = Inputs(settings.input_keys, settings.namespace)
+        self._reads = {stage: self._reads_of(stage, settings.agents) for stage in self._stages}
+        self._seen: object = None
+        self._since = time.monotonic()
+
+    def _reads_of(self, stage: str, agents: Sequence[str]) -> list[str]:
+        if stage == FEATURES:
+            return []
+        votes = [self._keys.votes(agent) for agent in agents] if stage == CONSENSUS else []
+        return [self._keys.features, *votes]
+
+    def serving(self, stages: Sequence[str]) -> bool:
+        """Whether each of `stages` has an instance that is alive."""
+        return self._client.exists(*map(self._keys.lease, stages)) == len(stages)
+
+    def quiet_s(self) -> float:
+        """For how long nothing has moved while every stage had read all that there was; 0 while one has not."""
+        behind, seen = False, []
+        for stage, reads in self._reads.items():
+            position = RedisStore(self._client, self._keys, stage).load(()).position
+            keys = reads or self._bars(position)
+            last = [self._last_id(key) for key in keys]
+            at = [position.inputs[key].id if key in position.inputs else FIRST_ID for key in keys]
+            behind |= at != last
+            seen.append((stage, keys, last, at))
+        if behind or seen != self._seen:
+            self._seen, self._since = seen, time.monotonic()
+        return 0.0 if behind else time.monotonic() - self._since
+
+    def _bars(self, position: Position) -> list[str]:
+        """The input keys of the feature stage: the plain ones, and what it found by pattern."""
+        found = [key for key in position.inputs if key != self._keys.control]
+        return sorted({*self._inputs.named, *found})
+
+    def _last_id(self, key: str) -> str:
+        """The last ID of a stream, of one that is not there the first."""
+        try:
+            return str(self._client.xinfo_stream(key)["last-generated-id"].decode())
+        except redis.ResponseError:
+            return FIRST_ID
+
+
+def serve_split(settings: Settings, options: Options, log: FilteringBoundLogger) -> None:
+    """`quartet run --split`: all stages of the settings until told to stop, or idle."""
+    with server_url(settings, start=True) as url:
+        client = open_client(url)
+        check_way(client, Keys(settings.namespace), FEATURES)
+        progress = Progress(client, settings)
+        names = stage_names(settings)
+        at = ports(names, settings.http_port)
+        own = environment_of(url)
+        flags = ["--accept-gap"] if options.accept_gap else []
+        stages = [Stage(name, command_of(name, settings, at[name], flags), own) for name in names]
+        limit_s = options.until_idle_s
+        Supervisor(
+            stages,
+            log,
+            options.stop,
+            serving=progress.serving,
+            idle=lambda: limit_s is not None and progress.quiet_s() >= limit_s,
+            notifier=Notifier.from_environment(),
+            reload=options.reload,
+        ).run()
