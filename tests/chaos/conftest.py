@@ -29,10 +29,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def stage(workers: Forge, models: Path, tmp_path: Path, namespace: str) -> Callable[..., Stage]:
+def stage(workers: Forge, models: Path, tmp_path: Path, namespace: str) -> Iterator[Callable[..., Stage]]:
     """Make a `Stage`: of a server's URL, and its agents."""
+    made: list[Stage] = []
 
     def make(url: str, agents: tuple[str, ...] = AGENTS, name: str = "", **env: str) -> Stage:
-        return Stage(workers, url, namespace + name, models, tmp_path, agents, env)
+        made.append(Stage(workers, url, namespace + name, models, tmp_path, agents, env))
+        return made[-1]
 
-    return make
+    yield make
+    for each in made:
+        each.end()

@@ -153,7 +153,7 @@ class Stage:
     directory: Path
     agents: Sequence[str] = AGENTS
     env: dict[str, str] = field(default_factory=dict)
-    lives: int = 0
+    started: list[Life] = field(default_factory=list)
 
     @property
     def keys(self) -> Keys:
@@ -161,8 +161,7 @@ class Stage:
 
     def start(self, *arguments: str, **env: str) -> Life:
         """Start `quartet run`; networks vote from the 94th bar of a symbol on."""
-        self.lives += 1
-        log = self.directory / f"{self.namespace}-{self.lives}.log"
+        log = self.directory / f"{self.namespace}-{len(self.started) + 1}.log"
         settings = {
             "QUARTET_WARMUP_BARS__V3": "30",
             "QUARTET_LEASE_S": "0.4",
@@ -172,7 +171,14 @@ class Stage:
         flags = ["--redis", self.url, "--namespace", self.namespace, "--models", str(self.models)]
         flags += ["--http-port", "0", "--state-dir", str(self.directory)]
         order = {"arguments": [*flags, *arguments], "env": {**settings, **self.env, **env}, "log": str(log)}
-        return Life(self.forge, self.forge.ask(do="start", **order), log)
+        self.started.append(Life(self.forge, self.forge.ask(do="start", **order), log))
+        return self.started[-1]
+
+    def end(self) -> None:
+        """Kill what still runs: a worker may not outlive a test that failed."""
+        for life in self.started:
+            if life.alive():
+                life.kill()
 
     def finish(self, *arguments: str, **env: str) -> str:
         """Run until the input is used up; the log."""

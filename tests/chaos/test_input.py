@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 import urllib.request
 from collections import Counter
@@ -130,12 +132,12 @@ def events(url: str, key: str, kind: str) -> list[dict]:
 
 
 def test_trimmed_input_stops_the_worker_and_is_counted_when_that_is_accepted(server, stage):
-    """The count is exact, each symbol warms up again, and nothing of the gap is invented."""
-    rows = market(2, 120)
+    """The count is exact, each symbol warms up again, and nothing of the gap is invented. A later gap is not."""
+    rows = market(2, 130)
     chain = stage(server, TREES)
     chain.feed(rows[:100])
     chain.finish()
-    chain.feed(rows[100:], 100)
+    chain.feed(rows[100:240], 100)
     with redis.Redis.from_url(server) as client:
         client.xtrim(chain.keys.bars, maxlen=100, approximate=False)
     life = chain.start("--until-idle", "0.1")
@@ -146,7 +148,12 @@ def test_trimmed_input_stops_the_worker_and_is_counted_when_that_is_accepted(ser
     life = chain.start("--accept-gap")
     until(lambda: (url := _url(life.text)) is not None and sum(outcomes(url).values()) == 140, life)
     assert outcomes(_url(life.text)) == {"accepted": 100, "rejected": 0, "duplicate": 0, "unclosed": 0, "lost": 40}
-    assert life.terminate() == 0
+    os.kill(life.pid, signal.SIGSTOP)
+    chain.feed(rows[240:], 240)
+    with redis.Redis.from_url(server) as client:
+        client.xtrim(chain.keys.bars, maxlen=5, approximate=False)
+    assert life.signal(signal.SIGCONT) == 1, "the gap that was accepted is that of the start"
+    assert "15 entries were trimmed before they were read" in life.text.splitlines()[-1]
     [lost] = [event for event in events(server, chain.keys.events, "gap") if event["reason"] == "lost"]
     assert lost["evidence"]["lost"] == 40
     features = [json.loads(data) for _, data in chain.outputs()[":features"]]

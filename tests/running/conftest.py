@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -63,30 +63,18 @@ def redis_server(tmp_path: Path, needs: Callable[[str], str]) -> Iterator[Callab
         yield start
 
 
-@dataclass
-class Remembered(Stage):
-    """A stage that knows its lives, so that none outlives a test that failed."""
-
-    started: list[Life] = field(default_factory=list)
-
-    def start(self, *arguments: str, **env: str) -> Life:
-        self.started.append(super().start(*arguments, **env))
-        return self.started[-1]
-
-
 @pytest.fixture
 def stage(workers: Forge, models: Path, tmp_path: Path) -> Iterator[Callable[..., Stage]]:
     """A `Stage` of tree models in the default namespace, on the server at `url`."""
-    made: list[Remembered] = []
+    made: list[Stage] = []
 
     def make(url: str, **env: str) -> Stage:
-        made.append(Remembered(workers, url, "quartet", models, tmp_path, TREES, env))
+        made.append(Stage(workers, url, "quartet", models, tmp_path, TREES, env))
         return made[-1]
 
     yield make
-    for life in (life for each in made for life in each.started):
-        if life.alive():
-            life.kill()
+    for each in made:
+        each.end()
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,8 @@ def run(
         typer.Option("--until-idle", metavar="SECONDS", min=0, help="Stop once the input was silent this long."),
     ] = None,
     accept_gap: Annotated[
-        bool, typer.Option("--accept-gap", help="Go on past input that is gone: count it as lost and warm up again.")
+        bool,
+        typer.Option("--accept-gap", help="Go on past input that is gone now: count it as lost and warm up again."),
     ] = False,
     stage: Annotated[
         str | None,

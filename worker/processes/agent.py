@@ -90,6 +90,7 @@ class AgentProcess(HoldsAgents):
             except InputLostError as error:
                 self._accept_loss(error)
                 return Batch((), {})
+        self.options.accept_gap = False
         self.position = with_baseline(self.position, batch.facts)
         self._levels(batch.facts)
         return batch

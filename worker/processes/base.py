@@ -64,6 +64,7 @@ class MarkingStore(Store, Protocol):
 class Options:
     """How one run differs from another. `until_idle_s` None runs until it is stopped.
 
+    `accept_gap` is about what is gone at the start: once the input was read, a further gap stops the process.
     `reload`, when it is set, loads every agent's newest artifact, as the order does.
     """
 

@@ -108,6 +108,8 @@ class ConsensusProcess(Process):
             except InputLostError as error:
                 self._accept_loss(error)
                 batch = Batch((), {})
+            else:
+                self.options.accept_gap = False
         self.position = with_baseline(self.position, batch.facts)
         self._levels(batch.facts)
         by_key: dict[str, list[Entry]] = {key: [] for key in keys}
