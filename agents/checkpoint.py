@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from agents import tensor_pickle
 from agents.agent import Refused
+from agents.inert import UnsafeError
 from agents.tensor_pickle import DamagedError
-from agents.unpickle import UnsafeError
 from streams.messages import Reason
 
 ROW_BLOCK = 8

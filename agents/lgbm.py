@@ -16,7 +16,7 @@ import lightgbm
 import numpy as np
 from numpy.typing import NDArray
 
-from agents import unpickle
+from agents import inert, unpickle
 from agents.agent import Built, Refused
 from streams.messages import Reason
 
@@ -132,13 +132,13 @@ class _Network:
 
 def _from_pickle(found: Any) -> Parsed:
     labels = None
-    if isinstance(found, unpickle.Record) and found.name in _ESTIMATORS:
+    if isinstance(found, inert.Record) and found.name in _ESTIMATORS:
         labels = found.state.get("_classes")
         found = found.state.get("_Booster")
         if found is None:
             raise _corrupt("the LightGBM estimator was never fitted: it holds no booster")
-    if not isinstance(found, unpickle.Record) or found.name != _BOOSTER:
-        raise _unknown(f"expected an LGBMRegressor, LGBMClassifier or Booster, found {unpickle.describe(found)}")
+    if not isinstance(found, inert.Record) or found.name != _BOOSTER:
+        raise _unknown(f"expected an LGBMRegressor, LGBMClassifier or Booster, found {inert.describe(found)}")
     text = found.state.get("_handle", found.state.get("handle"))
     if not isinstance(text, str):
         raise _corrupt("the LightGBM booster holds no model text")

@@ -17,7 +17,7 @@ import numpy as np
 import orjson
 from numpy.typing import ArrayLike, NDArray
 
-from agents import unpickle
+from agents import inert, unpickle
 from agents.agent import SAVE_AGAIN, Refused, Scaler
 from streams.messages import Reason
 
@@ -178,8 +178,8 @@ _CLASSES = {
 
 
 def _from_record(found: Any) -> ScalerFile:
-    if not isinstance(found, unpickle.Record) or found.name not in _CLASSES:
-        raise _corrupt(f"expected a StandardScaler, MinMaxScaler or RobustScaler, found {unpickle.describe(found)}")
+    if not isinstance(found, inert.Record) or found.name not in _CLASSES:
+        raise _corrupt(f"expected a StandardScaler, MinMaxScaler or RobustScaler, found {inert.describe(found)}")
     kind, mean_key, use_mean, use_scale = _CLASSES[found.name]
     state = found.state
     if "n_features_in_" not in state and "scale_" not in state:

@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from agents import unpickle
-from agents.unpickle import BROKEN, MAX_OPCODES, Budget, Reader, UnsafeError
+from agents import inert
+from agents.inert import BROKEN, MAX_OPCODES, Budget, UnsafeError
+from agents.rebuilds import rebuilt
+from agents.unpickle import Reader
 
 MAX_DIMENSIONS = 8
 TENSOR_STEPS = 20
@@ -74,15 +76,15 @@ class _TensorReader(Reader):
         self.storages: dict[str, int] = {}
         self.handlers = {**self.handlers, "BINPERSID": lambda reader, _: reader.push(self.storage(reader.pop()))}
 
-    def lookup(self, module: str, name: str) -> unpickle.Name:
-        return unpickle.permitted(module, name, NAMES)
+    def lookup(self, module: str, name: str) -> inert.Name:
+        return inert.permitted(module, name, NAMES)
 
     def storage(self, identity: Any) -> _Storage:
         """`("storage", type, key, location, length)`, with a None after it in the older kind."""
         if type(identity) is not tuple or not identity or identity[0] != "storage":
-            raise UnsafeError(f"a persistent id of {unpickle.describe(identity)}, which is no storage")
+            raise UnsafeError(f"a persistent id of {inert.describe(identity)}, which is no storage")
         _, kind, key, location, length = identity[:5]
-        item = _STORAGES.get(kind.full) if isinstance(kind, unpickle.Name) else None
+        item = _STORAGES.get(kind.full) if isinstance(kind, inert.Name) else None
         plain = type(key) is str and type(location) is str and type(length) is int
         if item is None or not plain or length < 0 or identity[5:] not in ((), (None,)):
             raise DamagedError("describes a storage that torch.save does not write")
@@ -104,7 +106,7 @@ class _TensorReader(Reader):
         if full == _ORDERED and not arguments:
             return {}
         if full in _NUMPY:
-            return unpickle.rebuilt(full, arguments, self.budget)
+            return rebuilt(full, arguments, self.budget)
         raise UnsafeError(f"a call of {full}")
 
     def build(self, argument: Any) -> None:

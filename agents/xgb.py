@@ -15,7 +15,7 @@ import numpy as np
 import xgboost
 from numpy.typing import NDArray
 
-from agents import ubjson, unpickle, xgb_document
+from agents import inert, ubjson, unpickle, xgb_document
 from agents.agent import SAVE_AGAIN, Built, Refused
 from agents.xgb_document import Shape
 from streams.messages import Reason
@@ -138,12 +138,12 @@ def _load(data: bytes, shape: Shape) -> xgboost.Booster:
 
 def _handle(found: Any) -> bytes:
     """The serialized state inside a pickled estimator or booster."""
-    if isinstance(found, unpickle.Record) and found.name in _ESTIMATORS:
+    if isinstance(found, inert.Record) and found.name in _ESTIMATORS:
         found = found.state.get("_Booster")
         if found is None:
             raise _corrupt("the XGBoost estimator was never fitted: it holds no booster")
-    if not isinstance(found, unpickle.Record) or found.name != _BOOSTER:
-        raise _unknown(f"expected an XGBRegressor, XGBClassifier or Booster, found {unpickle.describe(found)}")
+    if not isinstance(found, inert.Record) or found.name != _BOOSTER:
+        raise _unknown(f"expected an XGBRegressor, XGBClassifier or Booster, found {inert.describe(found)}")
     handle = found.state.get("handle")
     if not isinstance(handle, (bytes, bytearray)):
         raise _corrupt("the XGBoost booster holds no serialized model")
