@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Event
 
 import redis
@@ -268,6 +269,16 @@ class Progress:
             return FIRST_ID
 
 
+def compile_once(environment: Mapping[str, str], log: FilteringBoundLogger) -> None:
+    """Compile the kernels where they are not in the cache yet: stages that start together would each do it."""
+    cache = Path(environment["NUMBA_CACHE_DIR"])
+    if cache.is_dir() and any(cache.iterdir()):
+        return
+    log.info("compiling the kernels, once", cache=str(cache))
+    program = "from worker.pipeline import Pipeline; Pipeline([]).voting.close()"
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+
+
 def serve_split(settings: Settings, options: Options, log: FilteringBoundLogger) -> None:
     """`quartet run --split`: all stages of the settings until told to stop, or idle."""
     with server_url(settings, start=True) as url:
@@ -277,6 +288,7 @@ def serve_split(settings: Settings, options: Options, log: FilteringBoundLogger)
         names = stage_names(settings)
         at = ports(names, settings.http_port)
         own = environment_of(url)
+        compile_once(own, log)
         flags = ["--accept-gap"] if options.accept_gap else []
         stages = [Stage(name, command_of(name, settings, at[name], flags), own) for name in names]
         limit_s = options.until_idle_s
