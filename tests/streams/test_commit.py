@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import subprocess
 from collections.abc import Callable
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from streams.keys import Keys
 from streams.messages import Entry
-from streams.redis import RedisStore, check_server, connect
+from streams.redis import RedisStore, check_server, connect, with_baseline
 from streams.store import (
     Commit,
     FencedError,
@@ -236,6 +237,48 @@ def test_owning_and_marking_bear_a_lost_reply(server, namespace, fault):
         between.fault = fault
         insist(store.release)
     assert store_of(server, namespace).was_clean
+
+
+class Counting(RedisStore):
+    """Notes how many entries each look brought, used or not."""
+
+    def read_each(self, position, keys, count):
+        batch = super().read_each(position, keys, count)
+        self.brought = [*getattr(self, "brought", []), len(batch.entries)]
+        return batch
+
+
+def drained(store, keys, position, count):
+    """Read to the end; the batches, and the position after them."""
+    batches = []
+    while (batch := store.read(position, keys, count)).entries:
+        position = with_baseline(position, batch.facts).advanced(batch.entries, "0-0")
+        batches.append([(entry.id, entry.key) for entry in batch.entries])
+    return batches, position
+
+
+def test_many_keys_are_read_in_the_order_of_their_ids_and_little_is_asked_for_in_vain(server, namespace):
+    """100 keys of 1 to 20 entries, their IDs mixed up by a seed, then many on one key. The oracle sorts them all."""
+    rng, count = random.Random(5), 16
+    keys = [f"{namespace}:{number}" for number in range(100)]
+    owners = [key for key in keys for _ in range(rng.randrange(1, 21))]
+    rng.shuffle(owners)
+    expected = [(f"{number}-0", key) for number, key in enumerate(owners, 1)]
+    store = Counting(connect(server), Keys(namespace))
+    pipe = store.client.pipeline(transaction=False)
+    for entry_id, key in expected:
+        pipe.xadd(key, {"a": "b"}, id=entry_id)
+    pipe.execute()
+    batches, position = drained(store, keys, Position(), count)
+    assert [entry for batch in batches for entry in batch] == expected
+    assert max(map(len, batches)) == count
+    assert max(store.brought) <= 2 * len(keys)
+    for number in range(160):
+        store.client.xadd(keys[7], {"a": "b"}, id=f"{5_000 + number}-0")
+    batches, _ = drained(store, keys, position, count)
+    assert [len(batch) for batch in batches] == [2, *[count] * 9, 14], (
+        "a key that is alone is soon read in whole batches"
+    )
 
 
 def test_marks_count_the_lives_that_ended_on_one_entry(server, namespace):
