@@ -18,6 +18,7 @@ import orjson
 from agents.agent import Refusal
 from streams.keys import CONSENSUS
 from streams.messages import CANARY, AgentState, Entry, Event, Reason
+from streams.store import id_tuple
 from streams.validation import LATEST_TS_MS
 from worker.assembly import load_options, pipeline_factory
 from worker.batches import Ballot, Vectors
@@ -88,6 +89,7 @@ class Chain:
         self.shelf = Shelf(self.settings.models, load_options(self._applied))
         self._wanted: dict[str, Artifact] = {}
         self._steps = steps_in_order(self.outline)
+        self._gaps = {key: list(gaps) for key, gaps in self.outline.gaps.items()}
         self._left_out = frozenset(self.outline.left_out)
         self._state: State = defaultdict(dict)
         self._batches = 0
@@ -112,7 +114,7 @@ class Chain:
         from the source, so whoever compares beside has to be done with those before.
         """
         held: list[Entry] = []
-        while held := held or self.source.entries(batch_size):
+        while held := held or self._entries(batch_size):
             while self._steps and self._steps[0].is_due(held[0]):
                 settle()
                 self._apply(self._steps.pop(0))
@@ -126,6 +128,23 @@ class Chain:
             self._batches += 1
             if self.restart_every and self._batches % self.restart_every == 0:
                 self._restart()
+
+    def _entries(self, count: int) -> list[Entry]:
+        """The next entries that the worker took in, at most `count`; none at the end."""
+        while entries := self.source.entries(count):
+            if kept := [entry for entry in entries if not self._was_lost(entry)] if self._gaps else entries:
+                return kept
+        return []
+
+    def _was_lost(self, entry: Entry) -> bool:
+        """Whether the worker went on without this entry, which was trimmed when the recorder had read it."""
+        gaps = self._gaps.get(entry.key)
+        if not gaps or id_tuple(entry.id) <= gaps[0][0]:
+            return False
+        after, left = gaps.pop(0)
+        if left > 1:
+            gaps.insert(0, (after, left - 1))
+        return True
 
     def close(self) -> None:
         self.pipeline.voting.close()

@@ -19,8 +19,9 @@ DECIDED_THEN = ("future", "poison")
 
 VOTES = "votes:"
 CONTROL = ":control"
-_BARS, _SIGNALS = b"bars", b"signals"
-_STATUS = b'"status":"'
+_BARS = b"bars"
+_STATUS = b'"status":'
+_STALE = b'"stale"'
 FEATURES = ":features"
 _MISSED = b'"deadline_missed"'
 Progress = Callable[[int], None]
@@ -60,7 +61,8 @@ class Step:
 class Outline:
     """How many bars there are, and every decision that bars and models alone do not explain.
 
-    `lost` counts by stream what was trimmed before it was recorded.
+    `lost` counts by stream what was trimmed before it was recorded, `gaps` are by key the IDs behind which the worker
+    went on without entries, and without how many.
     `left_out` are entries (key, ID) refused for a reason of that moment, `stale` the bars whose signal was, `missed`
     the bars that were decided without agents, and which, `artifacts` the last of each (agent, version) that was named
     by its bytes, `versions` the first of each agent's votes.
@@ -68,6 +70,7 @@ class Outline:
 
     bars: int = 0
     lost: Counter[str] = field(default_factory=Counter)
+    gaps: dict[str, list[tuple[tuple[int, int], int]]] = field(default_factory=dict)
     left_out: set[tuple[str, str]] = field(default_factory=set)
     stale: set[str] = field(default_factory=set)
     missed: dict[str, frozenset[str]] = field(default_factory=dict)
@@ -75,7 +78,7 @@ class Outline:
     steps: list[Step] = field(default_factory=list)
     artifacts: dict[tuple[str, str], Artifact] = field(default_factory=dict)
     versions: dict[str, tuple[str | None, str]] = field(default_factory=dict)
-    _ordinary: dict[bytes, bytes] = field(default_factory=lambda: {_BARS: b"", b"features": b""}, repr=False)
+    _ordinary: dict[bytes, bytes] = field(default_factory=lambda: {_BARS: b""}, repr=False)
     """What an entry of a stream contains where it says nothing new."""
 
     # ------------------------------------------------------------------ entries
@@ -86,13 +89,10 @@ class Outline:
         for line in lines:
             stream = stream_of(line)
             known = ordinary.get(stream)
-            if known is None:
-                if stream != _SIGNALS or _is_stale(line) or _MISSED in line:
-                    self._take(decode(line))
-            elif known not in line:
+            if known is not None and known in line:
+                self.bars += stream == _BARS
+            elif stream not in _NEWS or _NEWS[stream](line):
                 self._take(decode(line))
-            elif stream == _BARS:
-                self.bars += 1
 
     def _take(self, item: Recorded | Lost) -> None:
         stream = item.stream
@@ -103,6 +103,8 @@ class Outline:
             self.bars += 1
         elif stream.startswith(VOTES):
             self._vote(item)
+        elif stream == "features":
+            self.stale.add(orjson.loads(item.fields[b"data"])["bar_id"])
         elif stream == "signals":
             signal = orjson.loads(item.fields[b"data"])
             if signal["status"] == "stale":
@@ -137,6 +139,7 @@ class Outline:
             self.artifacts[agent.removesuffix(CANARY), named["version"]] = artifact_of(named)
         if event["kind"] == "gap" and event["reason"] == "lost" and "after" in evidence:
             evidence = {**evidence, "position": {evidence["key"]: evidence["after"]}}
+            self.gaps.setdefault(evidence["key"], []).append((id_tuple(evidence["after"]), evidence["lost"]))
         if "position" not in evidence:
             return
         inputs = {key: at for key, at in evidence["position"].items() if not key.endswith(CONTROL)}
@@ -190,9 +193,21 @@ def artifact_of(named: Mapping[str, Any]) -> Artifact:
     return Artifact(named.get("file", ""), named["version"], named.get("sha256", ""), named.get("digest", ""))
 
 
-def _is_stale(signal: bytes) -> bool:
-    """Whether the line of a signal may be one of a stale bar; its status stands before its votes."""
-    return signal.startswith(b"stale", signal.find(_STATUS) + len(_STATUS))
+def _is_flagged(vector: bytes) -> bool:
+    """Whether the line of a vector says that its bar was stale; its flags stand at its end."""
+    return vector.endswith(b"]}}") and _STALE in vector[vector.rfind(b"[") :]
+
+
+def _is_incomplete(signal: bytes) -> bool:
+    """Whether the line of a signal may be that of a stale bar, or of one without some agent's vote.
+
+    The status stands before the votes.
+    """
+    return signal.startswith(_STALE, signal.find(_STATUS) + len(_STATUS)) or _MISSED in signal
+
+
+_NEWS = {b"features": _is_flagged, b"signals": _is_incomplete}
+"""Of streams whose lines mostly say nothing new, which do."""
 
 
 def _is_missing(vote: Mapping[str, Any]) -> bool:
