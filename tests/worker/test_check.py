@@ -15,8 +15,12 @@ import redis
 from streams.keys import Keys
 from streams.redis import RedisStore, connect
 from tests.formats.samples import BARS, golden
-from tests.helpers import LIMIT_S, environment, free_port, quartet, wait_for
+from tests.helpers import LIMIT_S, environment, free_port, wait_for
+from worker.assembly import serve
 from worker.cli.app import invoke
+from worker.logs import make_logger
+from worker.service import Options
+from worker.settings import Settings
 from worker.training.market import generate
 from worker.training.train import train_agents
 
@@ -51,6 +55,13 @@ class Desk:
         code = invoke(["check", *flags, *arguments])
         assert self.everything() == before, "checking changed the server"
         return code, self.capfd.readouterr().out
+
+    def work(self) -> None:
+        """A worker, as `quartet run --until-idle` in this process, which has its imports behind it."""
+        settings = Settings(
+            redis=self.url, namespace=self.namespace, models=self.models, http_port=0, agents=TREES, quorum=2
+        )
+        serve(settings, Options(until_idle_s=0.1), make_logger("error"))
 
     def report(self, *arguments: str) -> dict:
         return json.loads(self.check("--json", *arguments)[1])
@@ -100,28 +111,27 @@ def test_too_few_bars_say_how_many_are_needed(desk: Desk):
     assert text.splitlines()[-1].startswith("NOT READY: 0 of 4 would vote, the quorum is 2: a series needs 100 bars")
 
 
-def test_a_stream_that_was_read_and_trimmed_counts_with_what_the_state_holds(desk: Desk, tmp_path):
+def test_a_stream_that_was_read_and_trimmed_counts_with_what_the_state_holds(desk: Desk):
     desk.publish(*(bar(k) for k in range(120)))
-    flags = ["--redis", desk.url, "--namespace", desk.namespace, "--models", str(desk.models), "--http-port", "0"]
-    assert quartet("run", *flags, "--until-idle", "0.1", cwd=tmp_path, env={"QUARTET_QUORUM": "2"}).returncode == 0
+    desk.work()
     desk.client.xtrim(desk.key, maxlen=10, approximate=False)
     stream = desk.report()["streams"][0]
     assert (stream["longest"], stream["waiting"], stream["trimmed"]) == (120, 0, True)
     assert desk.check()[0] == 0
 
 
-def test_updates_of_forming_bars_are_no_history(desk: Desk, tmp_path):
+def test_updates_of_forming_bars_are_no_history(desk: Desk):
     """20 bars, each after 59 updates, are 20 bars, before a worker has read them and after."""
     updates = [bar(k, closed="false") for k in range(20) for _ in range(59)]
     closed = [bar(k) for k in range(20)]
     desk.publish(*(entry for k in range(20) for entry in (*updates[59 * k : 59 * k + 59], closed[k])))
-    flags = ["--redis", desk.url, "--namespace", desk.namespace, "--models", str(desk.models), "--http-port", "0"]
-    for _ in range(2):
+    for worked in (False, True):
+        if worked:
+            desk.work()
         code, text = desk.check()
         assert code == 1
         assert "a series needs 100 bars" in text.splitlines()[-1]
         assert desk.report()["streams"][0]["longest"] == 20
-        assert quartet("run", *flags, "--until-idle", "0.1", cwd=tmp_path, env={"QUARTET_QUORUM": "2"}).returncode == 0
 
 
 def test_a_gap_after_which_a_series_warms_up_again_starts_the_count_anew(desk: Desk):

@@ -23,7 +23,6 @@ from streams.embedded import EmbeddedError
 from streams.messages import Reason
 from streams.store import FencedError, RewoundError, StoreUnavailableError
 from tests.helpers import LIMIT_S, environment, free_port, quartet, wait_for
-from tests.worker.orders import market
 from worker import errors
 from worker.cli import app as program
 from worker.cli.options import SHARED, with_settings
@@ -229,15 +228,22 @@ def test_every_shared_flag_but_the_file_is_a_setting() -> None:
 
 
 def test_a_command_that_loads_kernels_keeps_them_in_the_state_directory(tmp_path: Path) -> None:
-    """Never in the package's own, which may be read-only: `train` compiles what features need."""
-    names = ("symbol", "ts", "open", "high", "low", "close", "volume")
-    rows = [[fields[name.encode()].decode() for name in names] for fields in market(2, 1_000)]
-    lines = [",".join(row) for row in (names, *rows)]
-    (tmp_path / "bars.csv").write_text("\n".join(lines))
+    """Never in the package's own, which may be read-only. One small kernel does: all of them take half a minute."""
+    script = textwrap.dedent(
+        """
+        import sys
+        from worker.cli.app import invoke
+        invoke(["train", "--help"])
+        assert "numba" not in sys.modules, "what is imported before the settings are known keeps kernels elsewhere"
+        invoke(["models", "list", "--models", ".", "--state-dir", "here"])
+        from worker.features import kernel
+        kernel._ratio(1.0, 2.0, 0.0)
+        """
+    )
     env = {k: v for k, v in environment().items() if k != "NUMBA_CACHE_DIR"}
     done = subprocess.run(
-        [sys.executable, "-m", "worker", "train", "--bars", "bars.csv", "--agent", "lightgbm", "--state-dir", "here"],
-        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False,
+        [sys.executable, "-c", script],
+        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=LIMIT_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "here" / "numba").rglob("kernel.*.nbc"))
+    assert list((tmp_path / "here" / "numba").rglob("kernel._ratio*.nbc"))

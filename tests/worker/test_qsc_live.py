@@ -19,7 +19,7 @@ from agents import manifest
 from streams.keys import Keys
 from streams.messages import Reason
 from streams.recording import Recorded, Writer
-from tests.helpers import LIMIT_S, answers, environment, free_port, quartet, wait_for
+from tests.helpers import LIMIT_S, answers, environment, free_port, wait_for
 from worker.cli.app import invoke
 from worker.top import Samples
 from worker.training.bars import Bars
@@ -270,10 +270,13 @@ def test_top_shows_the_same_truth(live: Live, call: Call) -> None:
     assert "\x1b" not in frame.stdout
 
 
-def test_without_a_worker_or_a_server_the_exit_code_is_3(live: Live, tmp_path: Path) -> None:
-    nobody = quartet("top", "--http-port", str(free_port()), cwd=tmp_path)
-    assert (nobody.returncode, "no worker answers" in nobody.stderr) == (3, True)
-    none = quartet("gate", "nhits", "--state-dir", str(tmp_path), cwd=tmp_path)
-    assert (none.returncode, "no embedded server runs" in none.stderr) == (3, True)
-    assert quartet("gate", "catboost", cwd=tmp_path).returncode == 2
+def test_without_a_worker_or_a_server_the_exit_code_is_3(
+    live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert invoke(["top", "--http-port", str(free_port())]) == 3
+    assert "no worker answers" in capsys.readouterr().err
+    assert invoke(["gate", "nhits", "--state-dir", str(tmp_path)]) == 3
+    assert "no embedded server runs" in capsys.readouterr().err
+    assert invoke(["gate", "catboost"]) == 2
     assert answers(live.url)
