@@ -19,7 +19,7 @@ from tests.replay.scene import Scene
 from worker.errors import UsageError
 from worker.intake import Intake
 from worker.replay.parquet import write_parquet
-from worker.replay.publish import Pace, Timed, publish, read_entries, read_speed
+from worker.replay.publish import Pace, Timed, keys_of, publish, read_entries, read_speed
 from worker.settings import Settings
 from worker.testing import Quartet
 from worker.training.bars import read_bars
@@ -43,6 +43,19 @@ def test_a_recording_of_several_keys_is_not_mixed_into_one_unasked(tmp_path: Pat
     done = quartet("replay", file, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "bars of 2 keys (a, b); name the one stream that all of them go to with --bars-key" in done.stderr
+
+
+def test_keys_that_a_pattern_found_later_count_too(tmp_path: Path) -> None:
+    file = tmp_path / "found.jsonl.zst"
+    with Writer(file) as writer:
+        writer.header({"id": "x", "part": 1, "namespace": "q", "inputs": ["candles-a"], "positions": {}})
+        for number, key in enumerate(("candles-a", "candles-b", "candles-a")):
+            writer.add(Recorded("bars", key, f"{number}-1", {b"symbol": b"A"}))
+            writer.add(Recorded("signals", "q:signals", f"{number}-1", {b"data": b"{}"}))
+    assert keys_of(file) == ["candles-a", "candles-b"]
+    done = quartet("replay", file, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "bars of 2 keys (candles-a, candles-b); name the one stream" in done.stderr
 
 
 def test_training_reads_the_accepted_bars_of_a_recording_and_its_parquet(day: Day, tmp_path: Path) -> None:

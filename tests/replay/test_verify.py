@@ -365,6 +365,45 @@ def test_two_keys_that_were_fed_in_turns_are_verified_in_any_batches(scene: Scen
         assert found.comparison.compared["features"] == 1300
 
 
+def _of_symbols(bars: int) -> list[list[dict[bytes, bytes]]]:
+    made = market(2, bars)
+    return [[bar for bar in made if bar[b"symbol"] == name] for name in sorted({bar[b"symbol"] for bar in made})]
+
+
+def test_a_key_that_came_late_with_early_ids_is_refused_and_never_called_different(
+    scene: Scene, tmp_path: Path
+) -> None:
+    keys = (f"{scene.namespace}x:a", f"{scene.namespace}x:b")
+    scene.further |= {"bars": keys}
+    for key, own in zip(keys, _of_symbols(60), strict=True):
+        feed(scene.url, key, own)
+        scene.work()
+    file = tmp_path / "late.jsonl.zst"
+    scene.record(file)
+    for batch_size in (256, 7):
+        with pytest.raises(CheckFailed, match=r"took SYN01\|1m\|\d+ before SYN02\|1m\|\d+, though"):
+            scene.verify(file, batch_size=batch_size)
+
+
+def test_of_several_keys_too_an_absent_vector_and_one_too_many_are_differences(scene: Scene, tmp_path: Path) -> None:
+    keys = (f"{scene.namespace}x:a", f"{scene.namespace}x:b")
+    scene.further |= {"bars": keys}
+    for key, own in zip(keys, _of_symbols(60), strict=True):
+        feed(scene.url, key, own)
+    scene.work()
+    file = tmp_path / "keys.jsonl.zst"
+    scene.record(file)
+    seen = 0
+
+    def change(item: Item) -> list[Item]:
+        nonlocal seen
+        seen += item.stream == "features"
+        return {31: [], 62: [item, item]}.get(seen, [item]) if item.stream == "features" else [item]
+
+    found = scene.verify(rewrite(file, tmp_path / "changed.jsonl.zst", change)).comparison
+    assert {name: n for name, n in found.differing.items() if n} == {"features": 2}
+
+
 def test_orders_canaries_and_promotions_are_replayed_where_they_took_effect(
     scene: Scene, models: Path, tmp_path: Path
 ) -> None:

@@ -70,14 +70,13 @@ def _publish(
     import orjson
 
     from streams.keys import Keys
-    from streams.recording import read_header
     from worker.assembly import open_client, server_url
     from worker.errors import UsageError
-    from worker.replay.publish import Pace, count_bars, publish, read_entries, read_speed
+    from worker.replay.publish import Pace, count_bars, keys_of, publish, read_entries, read_speed
 
     pace = Pace(read_speed(speed), maxlen)
     total = count_bars(file)
-    if bars_key is None and total is None and len(inputs := read_header(file)["inputs"]) > 1:
+    if bars_key is None and len(inputs := keys_of(file)) > 1:
         raise UsageError(
             f"{file} holds bars of {len(inputs)} keys ({', '.join(inputs[:3])}); name the one stream that all of them "
             "go to with --bars-key"

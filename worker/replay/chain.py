@@ -89,6 +89,7 @@ class Chain:
         self.shelf = Shelf(self.settings.models, load_options(self._applied))
         self._wanted: dict[str, Artifact] = {}
         self._steps = steps_in_order(self.outline)
+        self.keys: set[str] = set()
         self._gaps = {key: list(gaps) for key, gaps in self.outline.gaps.items()}
         self._left_out = frozenset(self.outline.left_out)
         self._state: State = defaultdict(dict)
@@ -132,6 +133,7 @@ class Chain:
     def _entries(self, count: int) -> list[Entry]:
         """The next entries that the worker took in, at most `count`; none at the end."""
         while entries := self.source.entries(count):
+            self.keys |= {entry.key for entry in entries}
             if kept := [entry for entry in entries if not self._was_lost(entry)] if self._gaps else entries:
                 return kept
         return []

@@ -15,7 +15,7 @@ import numpy as np
 from streams.formats import recognise
 from streams.formats.times import whole
 from streams.messages import Entry
-from streams.recording import Recorded, Recording, is_recording
+from streams.recording import Recorded, Recording, decode, is_recording, read_header, stream_of
 from streams.validation import BadBarError, interval_ms
 from worker.errors import UsageError
 from worker.training.bars import read_bars
@@ -57,6 +57,14 @@ def read_speed(text: str) -> float | None:
 def count_bars(path: Path) -> int | None:
     """How many entries `read_entries` gives, None where only reading tells."""
     return None if is_recording(path) else len(read_bars(path).bars)
+
+
+def keys_of(path: Path) -> list[str]:
+    """The inputs of a recording, those that were found while it was made included; none of other files."""
+    if not is_recording(path):
+        return []
+    bars = (line for lines in Recording(path).blocks() for line in lines if stream_of(line) == b"bars")
+    return list(dict.fromkeys((*read_header(path)["inputs"], *(decode(line).key for line in bars))))
 
 
 def read_entries(path: Path) -> Iterator[Timed]:

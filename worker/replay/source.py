@@ -6,6 +6,7 @@ nothing of them is decoded.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from itertools import islice
 from streams.messages import Entry
 from streams.recording import Lost, Recorded, Recording, decode, encode, holds, stream_of
 
+_BAR_ID = re.compile(rb'"bar_id":"([^"]*)"')
 _IGNORED = frozenset({b"events", b"rejected", b"control"})
 
 
@@ -60,6 +62,13 @@ class Source:
         with self._lock:
             line = next(islice(self._await(stream, place + 1), place, None), None)
             return None if line is None else _recorded(line)
+
+    def bar_ids(self, stream: str, count: int) -> list[str]:
+        """The bars of the next `count` entries of a stream; fewer at the end."""
+        with self._lock:
+            lines = islice(self._await(stream, count), count)
+            found = [_BAR_ID.search(line) for line in lines]
+        return [match[1].decode() if match else "" for match in found]
 
     def left(self) -> dict[str, int]:
         """How many entries of each stream nobody took, once everything was read."""

@@ -10,9 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from streams.messages import Bar
 from streams.recording import Recording
 from worker.builds import build
 from worker.encoding import feature_messages, signal_messages, vote_messages
+from worker.errors import CheckFailed
 from worker.pipeline import Result
 from worker.replay.beside import Beside
 from worker.replay.chain import Chain, check_beginning
@@ -23,6 +25,9 @@ from worker.settings import Settings
 
 TOLERANCE = 1e-5
 """Relative or absolute, where the recording comes from another build."""
+
+LATEST = 65_536
+"""How many vectors ahead one of another key is looked for that was taken later than its entry's ID says."""
 
 FEATURES, SIGNALS = "features", "signals"
 
@@ -111,7 +116,8 @@ def verify(
 ) -> Verdict:
     """Compute a recording again and compare. The result depends on neither batches nor restarts.
 
-    Raises `RecordingError` where the file is damaged and `CheckFailed` where it does not hold every bar.
+    Raises `RecordingError` where the file is damaged and `CheckFailed` where it does not hold every bar, or not in the
+    order in which the worker took them.
     """
     began = time.perf_counter()
     recording = Recording(path)
@@ -152,6 +158,8 @@ def _run(chain: Chain, comparison: Comparison, clock: Clock, batch_size: int, pr
     """Each batch is compared, and what comes after it read, while the models compute the next one."""
 
     def compare(result: Result, recorded: frozenset[str]) -> None:
+        if len(chain.keys) > 1 and not comparison.differences:
+            check_order(result.accepted.bars, chain.source)
         comparison.take(compare_batch(comparison, chain.source, result, recorded), len(result.accepted))
         chain.source.read_ahead(batch_size)
 
@@ -180,6 +188,24 @@ def compare_batch(
             found += comparison.compare(VOTES + ballot.agent, rank, rows, messages, source, open_ended=False)
     last = len(result.ballots) + 1
     return found + comparison.compare(SIGNALS, last, voted, signal_messages(result), source, open_ended=False)
+
+
+def check_order(bars: Sequence[Bar], source: Source) -> None:
+    """Raise `CheckFailed` where the worker took the bars of several keys in another order than by their IDs.
+
+    Its order shows in the vectors that come next. A vector that is absent or too many is another matter.
+    """
+    computed = [bar.bar_id for bar in bars]
+    recorded = source.bar_ids(FEATURES, len(computed))
+    pairs = enumerate(zip(computed, recorded, strict=False))
+    place, (here, there) = next(((n, pair) for n, pair in pairs if pair[0] != pair[1]), (0, ("", "")))
+    if here == there or there in computed[:place] or here not in source.bar_ids(FEATURES, LATEST):
+        return
+    raise CheckFailed(
+        f"the worker took {there} before {here}, though its entry has the later ID: an entry that came late, or a key "
+        "that was found late, behind what other keys had brought. What order it took the entries of several keys in is "
+        "not recorded: this recording can be replayed, but not verified"
+    )
 
 
 def _other_build(outline: Outline) -> list[str]:
