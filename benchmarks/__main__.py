@@ -14,6 +14,7 @@ SUITE: dict[str, list[str]] = {
     "commit": [],
     "pipeline": [],
     "recovery": [],
+    "stages": [],
     "replay": [],
     "memory": [],
     "training": ["--seeds", "1"],

@@ -259,7 +259,8 @@ class _Given:
         self.agent = agent
         mine = {CHAIN: settings.agents, FEATURES: (), CONSENSUS: ()}.get(kind, (agent,))
         needs = {FEATURES: FEATURES_NEED, "agent": AGENT_NEEDS}.get(kind, CHAIN_NEEDS)
-        self.status = Status((agent,) if agent else settings.agents, settings.quorum, needs=needs)
+        known = {FEATURES: (), "agent": (agent,)}.get(kind, settings.agents)
+        self.status = Status(known, settings.quorum, needs=needs)
         self.registry = CollectorRegistry()
         self.sensors = Sensors(Metrics(self.registry, mine))
 

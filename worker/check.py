@@ -15,7 +15,7 @@ import redis
 
 from streams.formats import FormatReader, recognise
 from streams.inputs import Inputs
-from streams.keys import Keys
+from streams.keys import CHAIN, FEATURES, Keys
 from streams.messages import Entry
 from streams.redis import RedisStore, find_keys
 from streams.store import Position
@@ -91,7 +91,8 @@ def examine_streams(
     """Every input as the worker would find it, and the keys that a pattern matches in vain."""
     inputs = Inputs(settings.input_keys, settings.namespace)
     skipped = inputs.refresh(lambda pattern: find_keys(client, pattern)).skipped
-    store = RedisStore(client, Keys(settings.namespace))
+    keys = Keys(settings.namespace)
+    store = RedisStore(client, keys, FEATURES if client.exists(keys.owner(FEATURES)) else CHAIN)
     position = store.load(()).position
     reports = [examine_stream(store, key, position, settings, reader, now_ms) for key in inputs.keys]
     notes = [f"{key} is a {kind}, not a stream: it would not be read" for key, kind in skipped.items()]

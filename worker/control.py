@@ -110,19 +110,19 @@ def mute(group: AgentGroup, order: Order) -> Event:
     )
 
 
-def is_muted(group: AgentGroup, agent: str) -> bool:
-    """Whether the safeguard or an operator muted the agent."""
-    return group.safeguard.status(agent, AgentState.ACTIVE)[1] is not None
+def unmute(group: AgentGroup, order: Order, *, alone: bool = True) -> Event:
+    """The agent votes again, from an empty window, with its re-admissions given back.
 
-
-def unmute(group: AgentGroup, order: Order) -> Event:
-    """The agent votes again, from an empty window, with its re-admissions given back."""
+    Where it is not `alone`, missed deadlines may have muted it, which the consensus knows and forgives.
+    """
     _, why = group.safeguard.status(order.agent, AgentState.ACTIVE)
-    if why is None:
+    if why is None and alone:
         return refused(order, order.agent, "not_muted", f"{order.agent} is not muted")
     group.safeguard.unmute(order.agent)
-    detail = f"it was muted for {why}; its window starts anew"
-    evidence = {**order.evidence(), "was": why}
+    was = why or str(Reason.DEADLINE_MISSED)
+    detail = f"it was muted for {why}" if why else "missed deadlines are forgiven, if it was muted for them"
+    detail = f"{detail}; its window starts anew"
+    evidence = {**order.evidence(), "was": was}
     return Event("agent_readmitted", agent=order.agent, reason=str(Reason.OPERATOR), detail=detail, evidence=evidence)
 
 

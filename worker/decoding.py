@@ -110,13 +110,15 @@ def read_vectors(
     book: SeriesBook,
     sets: Sequence[FeatureSet] = (V3,),
     left_out: frozenset[tuple[str, str]] = frozenset(),
+    messages: Sequence[Mapping[str, Any]] | None = None,
 ) -> Vectors:
     """Entries of the features stream as vectors of `sets`, v3 among them.
 
-    One that is `left_out` starts its series anew without being ready: no model sees it. Raises `StoreMisuseError`
-    where an entry is not what the feature stage of this build writes.
+    `messages` are what they say, where that was decoded already. One that is `left_out` starts its series anew
+    without being ready: no model sees it. Raises `StoreMisuseError` where an entry is not what the feature stage of
+    this build writes.
     """
-    messages = [_message(entry) for entry in entries]
+    messages = [read_message(entry) for entry in entries] if messages is None else messages
     names = union(sets)
     bars = [_bar(entry, message) for entry, message in zip(entries, messages, strict=True)]
     flags = [frozenset(message.get("flags", ())) for message in messages]
@@ -145,7 +147,8 @@ def read_vectors(
     return Vectors(accepted, names, values.reshape(-1, len(names)), ready, np.flatnonzero(voted))
 
 
-def _message(entry: Entry) -> Mapping[str, Any]:
+def read_message(entry: Entry) -> Mapping[str, Any]:
+    """A feature vector. Raises `StoreMisuseError` where it is none."""
     try:
         message = orjson.loads(entry.fields[b"data"])
         if isinstance(message["values"], dict) and isinstance(message["contracts"], dict):
@@ -191,6 +194,8 @@ def _misuse(entry: Entry, problem: str) -> StoreMisuseError:
 
 Vote = Mapping[str, Any]
 
+VOTE_NAMES = ("bar_id", "action", "confidence", "outputs", "weight", "state", "reason", "version")
+
 NO_VOTE: Vote = {
     "action": "ABSTAIN",
     "confidence": 0.0,
@@ -202,9 +207,19 @@ NO_VOTE: Vote = {
 """What stands on a row for which there is no vote; the ballot's `present` is False there."""
 
 
-def read_vote(entry: Entry, bar_id: str) -> Vote:
+def read_vote(entry: Entry) -> Vote:
+    """A vote. Raises `StoreMisuseError` where it is none."""
+    try:
+        vote = orjson.loads(entry.fields[b"data"])
+        if all(name in vote for name in VOTE_NAMES):
+            return vote  # type: ignore[no-any-return]
+    except (KeyError, TypeError, orjson.JSONDecodeError):
+        pass
+    raise _misuse(entry, "it is no vote")
+
+
+def checked_vote(entry: Entry, vote: Vote, bar_id: str) -> Vote:
     """A vote on the vector of the same ID. Raises `StoreMisuseError` where it is about another bar."""
-    vote: Vote = orjson.loads(entry.fields[b"data"])
     if vote["bar_id"] != bar_id:
         raise _misuse(entry, f"it is about {vote['bar_id']}, the vector of this ID about {bar_id}")
     return vote

@@ -62,6 +62,7 @@ class Metrics:
         self._rejected = _Counts(registry, "quartet_rejected", "Refused entries", "stage", "reason")
         self._rejected.touch(("intake",), REASONS)
         self._rejected.touch(("control",), ("order",))
+        self._rejected.touch(("agent", "consensus"), ("poison",))
 
     def _declare_agents(self, registry: CollectorRegistry) -> None:
         def gauge(name: str, text: str, *labels: str) -> Gauge:

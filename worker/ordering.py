@@ -7,12 +7,13 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from agents.artifacts import LoadOptions
 from agents.discovery import PATTERN, candidate_of, read_once
-from streams.keys import Keys
+from streams.keys import FEATURES, Keys
 from streams.store import FIRST_ID
 from worker.control import Order
 from worker.errors import UsageError
@@ -56,14 +57,26 @@ def give(client: Any, keys: Keys, order: Order) -> tuple[str, str]:
     return str(entry_id.decode()), last[0][0].decode() if last else FIRST_ID
 
 
-def answers(client: Any, keys: Keys, order_id: str, after: str, wait_s: float) -> list[dict[str, Any]]:
-    """The events that answer an order, all of one commit; none where no worker answers within `wait_s`."""
+def answering(client: Any, keys: Keys, order: Order, agents: Sequence[str]) -> frozenset[str]:
+    """The agents whose processes each answer an order: all of them, where stages run and it names none."""
+    alone = order.agent or not client.exists(keys.owner(FEATURES))
+    return frozenset() if alone else frozenset(agents)
+
+
+def answers(
+    client: Any, keys: Keys, order_id: str, after: str, wait_s: float, agents: frozenset[str] = frozenset()
+) -> list[dict[str, Any]]:
+    """The events that answer an order, all of one commit; none where no worker answers within `wait_s`.
+
+    Where `agents` answer each for themselves, as many as did within that time.
+    """
     deadline = time.monotonic() + wait_s
+    all_found: list[dict[str, Any]] = []
     while time.monotonic() < deadline:
         for _, entries in client.xread({keys.events: after}, count=1000, block=POLL_MS) or ():
             after = entries[-1][0].decode()
             events = [json.loads(fields[b"data"]) for _, fields in entries]
-            found = [event for event in events if event["evidence"].get("order") == order_id]
-            if found:
-                return found
-    return []
+            all_found += [event for event in events if event["evidence"].get("order") == order_id]
+            if all_found and agents <= {event["agent"] for event in all_found}:
+                return all_found
+    return all_found

@@ -306,9 +306,9 @@ class Steering:
             if group.records[order.agent].trial is not None:
                 return [control.end_trial(group, order)]
             return [control.go_back(group, order, loaded[0] if loaded else None)]
-        if order.order == "unmute" and not self._alone and not control.is_muted(group, order.agent):
-            return []
-        act = {"mute": control.mute, "unmute": control.unmute, "promote": control.promote}[order.order]
+        if order.order == "unmute":
+            return [control.unmute(group, order, alone=self._alone)]
+        act = {"mute": control.mute, "promote": control.promote}[order.order]
         return [act(group, order)]
 
 

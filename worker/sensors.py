@@ -62,7 +62,7 @@ class Sensors:
         self.rejected(accepted.rejects)
 
     def rejected(self, rejects: Sequence[Reject]) -> None:
-        for (stage, reason), n in Counter((r.stage, r.reason) for r in rejects).items():
+        for (stage, reason), n in Counter((r.stage.partition(":")[0], r.reason) for r in rejects).items():
             self.metrics.rejected(stage, reason, n)
 
     def voted(self, vectors: Vectors, ballots: Sequence[Ballot]) -> None:

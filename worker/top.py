@@ -77,22 +77,30 @@ class Frame:
 
 
 class Samples:
-    """The samples of one exposition, by name and labels."""
+    """The samples of the expositions of one worker's processes, by name and labels.
 
-    def __init__(self, exposition: str) -> None:
+    Where several expose a series, one of them knows of it and the others are 0 or behind: the largest value counts.
+    """
+
+    def __init__(self, *expositions: str) -> None:
         self._all: dict[str, list[tuple[Mapping[str, str], float]]] = {}
-        for family in text_string_to_metric_families(exposition):
-            for sample in family.samples:
-                self._all.setdefault(sample.name, []).append((sample.labels, sample.value))
+        for exposition in expositions:
+            for family in text_string_to_metric_families(exposition):
+                for sample in family.samples:
+                    self._all.setdefault(sample.name, []).append((sample.labels, sample.value))
 
     def one(self, name: str, **labels: str) -> float | None:
         """The value of a series, None where it is not there."""
         found = (value for have, value in self._all.get(name, ()) if labels.items() <= have.items())
-        return next(found, None)
+        return max(found, default=None)
 
     def by(self, name: str, *labels: str) -> dict[str, float]:
         """Values by the given labels, joined with a space."""
-        return {" ".join(have[label] for label in labels): value for have, value in self._all.get(name, ())}
+        values: dict[str, float] = {}
+        for have, value in self._all.get(name, ()):
+            key = " ".join(have[label] for label in labels)
+            values[key] = max(value, values.get(key, value))
+        return values
 
 
 def frame(
@@ -239,6 +247,28 @@ def _lines(shown: Frame) -> Iterable[str]:
 
 def _counts(values: Mapping[str, int]) -> str:
     return " · ".join(f"{count} {name}" for name, count in values.items()) or "none yet"
+
+
+def together(bodies: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The readiness of several processes as one: ready where all are; the counts are those that know most.
+
+    Of an agent that several know the states are the first one's, as the consensus sees it, and what that one leaves
+    empty is its own process's.
+    """
+    first, *others = sorted(bodies, key=lambda body: -body.get("counts", {}).get("configured", 0))
+    conditions = dict(first["conditions"])
+    agents = {agent: dict(facts) for agent, facts in first["agents"].items()}
+    for body in others:
+        for name, condition in body["conditions"].items():
+            if not condition["ok"] or name not in conditions:
+                conditions[name] = condition
+        for agent, facts in body["agents"].items():
+            heard = agents.get(agent, {})
+            if heard.get("state", "loading") == "loading":  # the consensus has not heard of it yet
+                agents[agent] = dict(facts)
+            else:
+                agents[agent] = {**facts, **{n: text for n, text in heard.items() if text}, "reason": heard["reason"]}
+    return {**first, "ready": all(body["ready"] for body in bodies), "conditions": conditions, "agents": agents}
 
 
 def parse_readiness(text: str) -> Mapping[str, Any]:

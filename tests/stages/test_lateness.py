@@ -127,16 +127,12 @@ def test_an_operator_forgives_missed_deadlines(folder):
         desk.feed(bars[200:208], *REST)
         desk.wait(2.0, *REST)
         desk.turn()
-        (event,) = desk.order(Order("unmute", "lightgbm", by="a test"))
-        assert (event["kind"], event["agent"], event["evidence"]["was"]) == (
-            "agent_readmitted",
-            "lightgbm",
-            "deadline_missed",
-        )
+        (answer,) = desk.order(Order("unmute", "lightgbm", by="a test"))
+        assert (answer["kind"], answer["agent"]) == ("agent_readmitted", "lightgbm")
+        told = [e["evidence"].get("stage") for e in desk.events("agent_readmitted")]
+        assert sorted(told, key=str) == [None, "consensus"], "its own process answers, the consensus says what it did"
         desk.feed(bars[208:220])
         assert last(desk)["state"] == "active"
-        (event,) = desk.order(Order("unmute", "lightgbm", by="a test"))
-        assert (event["kind"], event["reason"]) == ("order_refused", "not_muted")
     finally:
         desk.close()
 

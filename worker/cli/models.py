@@ -166,7 +166,8 @@ def _order(settings: Settings, order: str, agent: str, file: Path | None, wait_s
     keys = Keys(settings.namespace)
     with server_url(settings, start=False) as url, open_client(url) as client:
         order_id, after = ordering.give(client, keys, given)
-        events = ordering.answers(client, keys, order_id, after, wait_s) if wait_s else []
+        each = ordering.answering(client, keys, given, settings.agents)
+        events = ordering.answers(client, keys, order_id, after, wait_s, each) if wait_s else []
     if wait_s and not events:
         raise Unavailable(
             f"no worker of namespace {settings.namespace} answered order {order_id} within {wait_s:g} s; it is kept "

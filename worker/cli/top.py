@@ -6,7 +6,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,15 +29,20 @@ def top(
     settings: Settings,
     once: Annotated[bool, typer.Option("--once", help="One frame and no more, as when piped.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One frame as a JSON object.")] = False,
+    ports: Annotated[
+        list[int] | None,
+        typer.Option("--port", metavar="PORT", min=1, max=65535, help="A further stage's; may be repeated."),
+    ] = None,
 ) -> None:
     """A live view of a running worker: who votes, who does not and why. Ctrl-C ends it.
 
-    Exit code 3 where no worker answers on --http-port.
+    Where stages run as processes, --http-port is that of one and --port those of the others. Exit code 3 where
+    one of them does not answer.
     """
     if settings.http_port == 0:
         raise UsageError("the worker's port is needed: give it with --http-port")
     with ExitStack() as stack:
-        source = _Source(settings, _client(settings, stack))
+        source = _Source(settings, _client(settings, stack), (settings.http_port, *(ports or ())))
         if as_json:
             _print_json(source.look())
         elif once or not sys.stdout.isatty():
@@ -94,24 +99,31 @@ class _Source:
 
     settings: Settings
     client: Any
+    ports: Sequence[int]
     _before: tuple[float, float] | None = None
 
     def look(self) -> Frame:
-        from worker.top import Samples, frame, parse_readiness
+        from worker.top import Samples, frame, together
 
-        base = self._base()
-        try:
-            readiness = parse_readiness(_get(f"{base}/readyz"))
-        except ValueError:
-            raise Unavailable(f"what answers on {base} is no quartet worker") from None
-        metrics = Samples(_get(f"{base}/metrics"))
+        bases = [self._base(port) for port in self.ports]
+        readiness = together([self._readiness(base) for base in bases])
+        metrics = Samples(*(_get(f"{base}/metrics") for base in bases))
         rate = self._rate(sum(metrics.by("quartet_bars_total", "outcome").values()))
         votes, signal = self._streams(readiness["agents"])
         return frame(readiness, metrics, votes, signal, time.time(), rate)
 
-    def _base(self) -> str:
+    @staticmethod
+    def _readiness(base: str) -> Mapping[str, Any]:
+        from worker.top import parse_readiness
+
+        try:
+            return parse_readiness(_get(f"{base}/readyz"))
+        except ValueError:
+            raise Unavailable(f"what answers on {base} is no quartet worker") from None
+
+    def _base(self, port: int) -> str:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.settings.http_host, self.settings.http_host)  # noqa: S104
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.settings.http_port}"
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     def _rate(self, bars: float) -> float | None:
         now = time.monotonic()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from streams.codec import encode_reject
@@ -30,7 +29,7 @@ from worker import control
 from worker.batches import STATES, Ballot, Fields, Vectors
 from worker.builds import placed, started
 from worker.control import BadOrderError, Order
-from worker.decoding import SeriesBook, Vote, ballot_of, read_vectors, read_vote
+from worker.decoding import SeriesBook, Vote, ballot_of, checked_vote, read_message, read_vectors, read_vote
 from worker.encoding import encoded_events, signals_output
 from worker.pipeline import Result
 from worker.processes.agents import MOST_ORDERS, ORDERS_EVERY_S
@@ -58,7 +57,6 @@ class _Read:
     votes: dict[str, list[Entry]]
     heard: Mapping[str, Heard]
     last_ids: Mapping[str, str]
-    _ready: list[tuple[str, bool]] = field(default_factory=list)
 
 
 class ConsensusProcess(Process):
@@ -87,6 +85,8 @@ class ConsensusProcess(Process):
         self._asked_at: float | None = None
         self._orders_at = 0.0
         self._facts: dict[str, dict[str, str]] = {}
+        self._decoded: dict[tuple[str, str], Mapping[str, Any]] = {}
+        """What entries say that were read and not consumed yet: while a vote is waited for they are read again."""
 
     @property
     def outputs(self) -> Mapping[str, str]:
@@ -166,7 +166,7 @@ class ConsensusProcess(Process):
         """How far the vectors can be decided; an agent that is overdue is absent from here until it votes again."""
         came = {agent for agent in self.settings.agents if read.heard[agent].ids}
         self.lateness.absent -= came
-        vectors = [(entry.id, bool(orjson.loads(entry.fields[b"data"])["ready"])) for entry in read.vectors]
+        vectors = [(entry.id, bool(self._decode(entry)["ready"])) for entry in read.vectors]
         joined = join(vectors, read.heard, self.lateness.absent)
         overdue = self.patience.overdue(self._clock(), joined.waiting, read.last_ids)
         if overdue:
@@ -176,6 +176,13 @@ class ConsensusProcess(Process):
             joined = join(vectors, read.heard, self.lateness.absent)
         return self._of_one_weight(read, joined)
 
+    def _decode(self, entry: Entry) -> Mapping[str, Any]:
+        known = self._decoded.get((entry.key, entry.id))
+        if known is None:
+            known = read_message(entry) if entry.key == self.keys.features else read_vote(entry)
+            self._decoded[entry.key, entry.id] = known
+        return known
+
     def _of_one_weight(self, read: _Read, joined: Joined) -> Joined:
         """Cut before the first vector on which an agent's weight is another than before: its stage began anew."""
         ids = {entry.id: place for place, entry in enumerate(read.vectors[: joined.taken])}
@@ -184,7 +191,7 @@ class ConsensusProcess(Process):
         for agent, found in read.votes.items():
             for entry in found:
                 if entry.id in ids:
-                    weight = orjson.loads(entry.fields[b"data"])["weight"]
+                    weight = self._decode(entry)["weight"]
                     if first.setdefault(agent, weight) != weight:
                         end = min(end, ids[entry.id])
         return joined if end == joined.taken else replace(joined, taken=end)
@@ -192,7 +199,8 @@ class ConsensusProcess(Process):
     def _process(self, read: _Read, joined: Joined, heard: Sequence[Entry], orders: Steered) -> None:
         taken = read.vectors[: joined.taken]
         poison = self._approach(taken) if taken else frozenset()
-        vectors = read_vectors(taken, self.book, left_out=poison)
+        messages = [self._decode(entry) for entry in taken]
+        vectors = read_vectors(taken, self.book, left_out=poison, messages=messages)
         if poison:
             vectors = replace(vectors, index=vectors.index[:0])
         with self.sensors.stopwatch("consensus"):
@@ -213,6 +221,8 @@ class ConsensusProcess(Process):
                 state=self._changes(),
             )
         self._commit(commit)
+        for entry in (*taken, *heard):
+            self._decoded.pop((entry.key, entry.id), None)
         self._cautious = max(0, self._cautious - len(taken))
         self._tell(result, late, rejects, [*told, *events])
 
@@ -233,7 +243,7 @@ class ConsensusProcess(Process):
         for name, found in read.votes.items():
             by_id = {entry.id: entry for entry in found}
             votes: list[Vote | None] = [
-                read_vote(by_id[entry_id], bar.bar_id) if entry_id in by_id else None
+                checked_vote(by_id[entry_id], self._decode(by_id[entry_id]), bar.bar_id) if entry_id in by_id else None
                 for entry_id, bar in zip(ids, bars, strict=True)
             ]
             if any(votes) or not name.endswith(CANARY):
@@ -265,7 +275,7 @@ class ConsensusProcess(Process):
     # ------------------------------------------------------------------ orders
 
     def _orders(self) -> Steered:
-        """Orders that no agent's process answers: what is none, and a missed deadline to forgive."""
+        """What no agent's process does with orders: refuse what is none, and forgive missed deadlines."""
         now = time.monotonic()
         if self._idle_since is None and now - self._orders_at < ORDERS_EVERY_S:
             return Steered()
@@ -284,24 +294,22 @@ class ConsensusProcess(Process):
             except BadOrderError as error:
                 rejects.append(Reject(entry, control.REASON, str(error), control.STAGE))
                 continue
-            if order.order == "unmute" and (event := self._unmute(order)) is not None:
+            if order.order == "unmute" and (event := self._forgive(order)) is not None:
                 events.append(event)
         return Steered(batch.entries, events, rejects)
 
-    def _unmute(self, order: Order) -> Event | None:
-        """The answer of this stage; None where the agent's own is muted and answers."""
+    def _forgive(self, order: Order) -> Event | None:
+        """Missed deadlines mute no longer; the order itself is answered by the agent's process."""
         safeguard = self.lateness.safeguard
         _, why = safeguard.status(order.agent, AgentState.ACTIVE)
-        if why is not None:
-            safeguard.unmute(order.agent)
-            detail = f"it was muted for {why}; its window of deadlines starts anew"
-            evidence = {**order.evidence(), "was": why, "stage": CONSENSUS}
-            return Event(
-                "agent_readmitted", agent=order.agent, reason=str(Reason.OPERATOR), detail=detail, evidence=evidence
-            )
-        if self.lateness.known(order.agent).state is AgentState.MUTED:
+        if why is None:
             return None
-        return control.refused(order, order.agent, "not_muted", f"{order.agent} is not muted")
+        safeguard.unmute(order.agent)
+        detail = f"it was muted for {why}; its window of deadlines starts anew"
+        evidence = {"by": order.by, "was": why, "stage": CONSENSUS}
+        return Event(
+            "agent_readmitted", agent=order.agent, reason=str(Reason.OPERATOR), detail=detail, evidence=evidence
+        )
 
     # ------------------------------------------------------------------ recovering
 
@@ -311,6 +319,7 @@ class ConsensusProcess(Process):
         self.lateness = Lateness(self.settings.agents, self.settings.quality)
         self.book = SeriesBook()
         self.patience = Patience(self.settings.deadline_s)
+        self._decoded.clear()
         self.position = snapshot.position
         anew = self.options.rebuild
         self.options.rebuild = False

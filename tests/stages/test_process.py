@@ -1,0 +1,113 @@
+"""What else happens to a stage: a poisoned vector, vectors that are gone, a feature set that nobody computes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from streams.contracts import FEATURE_SETS
+from streams.memory import MemoryStore
+from streams.store import InputLostError
+from tests.stages.desk import KEYS, StagesDesk
+from tests.worker import small
+from tests.worker.orders import FIRST, SECOND, market, put, train
+from worker.control import Order
+
+BARS = market(2, 60)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("process")
+    train(made)
+    return made
+
+
+@pytest.fixture
+def desk(folder):
+    made = StagesDesk(folder / "models")
+    yield made
+    made.close()
+
+
+class Deadly(MemoryStore):
+    """As the server has it after three deaths on one entry."""
+
+    deadly = ""
+
+    def mark(self, entry):
+        return 4 if entry.id == self.deadly else 1
+
+
+def after_deaths(desk: StagesDesk, name: str, entry_id: str) -> None:
+    store, old = Deadly(desk.streams), desk.stores[name]
+    store.position, store.state, store.was_clean, store.deadly = old.position, old.state, False, entry_id
+    desk.stores[name] = store
+    desk.start(name)
+
+
+@pytest.mark.parametrize("name", ["xgboost", "consensus"])
+def test_a_vector_that_ends_the_process_three_times_is_left_out(desk, name):
+    """The agent abstains on it, as every ready vector has a vote; the consensus gives no signal. Both say so."""
+    desk.feed(BARS[:90])
+    deadly = "1750000000090-0"
+    after_deaths(desk, name, deadly)
+    desk.feed(BARS[90:100])
+    ((_, reject),) = desk.streams.after(KEYS.rejected, "0-0")
+    assert (reject[b"reason"], reject[b"source_id"]) == (b"poison", deadly.encode())
+    assert reject[b"stage"] == (b"agent:xgboost" if name == "xgboost" else b"consensus")
+    votes = dict(desk.streams.after(KEYS.votes("xgboost"), "0-0"))
+    signals = dict(desk.streams.after(KEYS.signals, "0-0"))
+    assert (b'"insufficient_history"' in votes[deadly][b"data"]) == (name == "xgboost")
+    assert (deadly in signals) == (name == "xgboost")
+    assert len(signals) == 100 - 2 * 29 - (name == "consensus")
+
+
+def test_vectors_that_are_gone_stop_an_agent_until_that_is_accepted(desk):
+    desk.feed(BARS[:90])
+    desk.feed(BARS[90:100], "features")
+    desk.streams.trim(KEYS.features, 4)
+    with pytest.raises(InputLostError, match="--accept-gap"):
+        desk.turn("xgboost")
+    desk.stages["xgboost"].options.accept_gap = True
+    desk.stages["lightgbm"].options.accept_gap = True
+    desk.stages["consensus"].options.accept_gap = True
+    desk.turn()
+    assert [e["evidence"]["lost"] for e in desk.events("gap")] == [6, 6, 6]
+    assert len(desk.signals()) == 90 - 58 + 4
+
+
+def test_a_hot_reload_reaches_one_agent_and_no_other(desk, folder, tmp_path):
+    import shutil
+
+    models = tmp_path / "models"
+    shutil.copytree(folder / "models", models)
+    split = StagesDesk(models)
+    try:
+        split.feed(BARS[:80])
+        put(folder, SECOND, models)
+        (event,) = split.order(Order("reload", "xgboost", by="a test"))
+        assert (event["kind"], event["evidence"]["version"]) == ("reload", SECOND)
+        split.feed(BARS[80:90])
+        votes = split.signals()[-1]["votes"]
+        assert (votes["xgboost"]["version"], votes["lightgbm"]["version"]) == (SECOND, FIRST)
+        split.start("xgboost")
+        split.feed(BARS[90:100])
+        assert split.signals()[-1]["votes"]["xgboost"]["version"] == SECOND, "the record says what serves"
+    finally:
+        split.close()
+
+
+def test_an_agent_whose_set_is_not_computed_abstains_and_names_the_remedy(desk):
+    desk.feed(BARS[:80])
+    process = desk.stages["xgboost"]
+    other = replace(small.model("xgboost"), feature_set="v6", features=FEATURE_SETS["v6"].features, contract="")
+    process.group.install("xgboost", other, pinned=False)
+    desk.feed(BARS[80:90])
+    vote = desk.read(KEYS.votes("xgboost"))[-1]
+    assert (vote["action"], vote["reason"]) == ("ABSTAIN", "insufficient_history")
+    facts = process.status.readiness().agents["xgboost"]
+    assert facts["reason"] == "insufficient_history"
+    assert "has no v6" in facts["detail"]
+    assert "feature_sets" in facts["detail"]
