@@ -18,6 +18,13 @@ from worker.top import Samples
 BARS = 80
 
 
+@pytest.fixture(autouse=True)
+def _same_settings(monkeypatch):
+    """Commands are given the settings of the stages."""
+    monkeypatch.setenv("QUARTET_AGENTS", ",".join(TREES))
+    monkeypatch.setenv("QUARTET_QUORUM", "2")
+
+
 @pytest.fixture(scope="module")
 def running(workers, models, valkey, tmp_path_factory):
     """Four stages of two agents, all of whose bars are decided; and where each answers."""
