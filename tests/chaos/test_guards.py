@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, environment
+from tests.helpers import LIMIT_S, ROOT, environment
 
 
 @dataclass(frozen=True)
@@ -150,4 +150,4 @@ def test_the_copy_passes_as_it_is(copy: Path) -> None:
 def _run(copy: Path, *tests: str) -> subprocess.CompletedProcess[str]:
     env = environment({"NUMBA_CACHE_DIR": os.environ["NUMBA_CACHE_DIR"], "PYTHONPATH": str(copy)})
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    return subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=3 * LIMIT_S, check=False)
