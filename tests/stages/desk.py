@@ -47,11 +47,13 @@ class StagesDesk:
         for name in self.stores:
             self.start(name)
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, **options: Any) -> None:
         """Another process over the same streams, as after a restart or a takeover."""
         if name in self.stages:
             self.stages[name]._close()
         made = {"features": self._features, "consensus": self._consensus}.get(name, lambda: self._agent(name))()
+        for option, value in options.items():
+            setattr(made.options, option, value)
         assert made._own()
         made._start()
         self.stages[name] = made

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from streams.codec import StateCorruptError
 from streams.contracts import FEATURE_SETS
 from streams.memory import MemoryStore
 from streams.store import InputLostError
@@ -111,3 +112,25 @@ def test_an_agent_whose_set_is_not_computed_abstains_and_names_the_remedy(desk):
     assert facts["reason"] == "insufficient_history"
     assert "has no v6" in facts["detail"]
     assert "feature_sets" in facts["detail"]
+
+
+@pytest.mark.parametrize(("name", "part"), [("features", "features"), ("xgboost", "series"), ("consensus", "lateness")])
+def test_a_stage_whose_state_is_damaged_stops_and_is_rebuilt_from_its_input(folder, desk, name, part):
+    """It goes on with the bytes of a run without damage."""
+    calm = StagesDesk(folder / "models")
+    try:
+        for each in (calm, desk):
+            each.feed(BARS[:90])
+        state = desk.stores[name].state[part]
+        field = next(iter(state))
+        state[field] = state[field][:-1] + bytes([state[field][-1] ^ 1])
+        with pytest.raises(StateCorruptError, match="--rebuild"):
+            desk.start(name)
+        desk.start(name, rebuild=True)
+        (recovery,) = desk.events("recovery")
+        assert recovery["reason"] == "rebuild"
+        for each in (calm, desk):
+            each.feed(BARS[90:])
+        assert desk.outputs() == calm.outputs()
+    finally:
+        calm.close()
