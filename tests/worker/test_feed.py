@@ -283,6 +283,36 @@ def test_a_clock_that_is_behind_does_not_hold_up_live_bars(publisher, stream, ex
     check_one(stream)
 
 
+def test_a_line_that_was_renewed_without_a_word_closes_no_bar_with_what_came_before(publisher, stream, exchange):
+    """It is cut between two waits for an update, when a forming bar is in hand, and is back when the next has begun."""
+    cuts = []
+
+    async def scene() -> None:
+        async with opened_feed(publisher, exchange, Plan(history=5)) as feed:
+            watch, last = feed.exchange.watch_ohlcv, []
+
+            async def cut_between(*arguments: str) -> list[list[float]]:
+                forming = last and tuple(last[-1][1:]) != ohlcv("BTCUSDT", last[-1][0])
+                if forming and len(cuts) < 3 and len(stream.stamps(PAIRS[0])) > 7 + 3 * len(cuts):
+                    cuts.append(last[-1][0])
+                    exchange.cut()
+                    next_ms = cuts[-1] + 1.2 * STEP_MS
+                    await asyncio.to_thread(
+                        wait_for, lambda: not feed.exchange.clients and feed.exchange.milliseconds() > next_ms
+                    )
+                last[:] = await watch(*arguments)
+                return last
+
+            feed.exchange.watch_ohlcv = cut_between
+            task = asyncio.ensure_future(feed.run())
+            await asyncio.to_thread(wait_for, lambda: len(cuts) == 3 and len(stream.stamps(PAIRS[0])) >= 18)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(asyncio.wait_for(scene(), 2 * LIMIT_S))
+    check_one(stream)
+
+
 class Leaky(Exchange):
     """Keeps the connection, but of every three bars only the first is sent whole, and the third not at all."""
 

@@ -102,6 +102,7 @@ class SymbolFeed:
         forming: Row | None = None
         self._newest = 0
         silence_s = self.plan.silence_s or max(SHORTEST_SILENCE_S, 1.5 * self.step_ms / 1000)
+        lines: list[Any] = []
         update = self._watch()
         try:
             while True:
@@ -111,6 +112,9 @@ class SymbolFeed:
                     forming = None
                     continue
                 rows, update = update.result(), self._watch()
+                before, lines = lines, list(self.exchange.clients.values())
+                if not _are_the_same(before, lines):
+                    forming = None  # a line that breaks while nobody waits for it is renewed without a word
                 self._recovered()
                 for row in _in_order(rows):
                     forming = await self._advance(forming, row)
@@ -177,6 +181,10 @@ class SymbolFeed:
 
 def _in_order(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: row[0] or 0)
+
+
+def _are_the_same(before: Sequence[Any], now: Sequence[Any]) -> bool:
+    return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))
 
 
 def _has_all(row: Row) -> bool:
