@@ -14,11 +14,11 @@ from streams.recording import Item, Recorded, Recording, Writer, read_header
 from streams.redis import connect
 from tests.chaos.scene import Fields, feed
 from tests.helpers import quartet
-from worker.assembly import serve
 from worker.logs import make_logger
 from worker.record import Plan, Recorder
 from worker.replay.verify import Verdict, verify
 from worker.service import Options
+from worker.serving import serve
 from worker.settings import Settings
 
 

@@ -17,11 +17,11 @@ from streams.recording import Recorded, Recording
 from streams.redis import connect
 from tests.chaos.scene import FIRST_MS, market
 from tests.replay.scene import Scene
-from worker.assembly import serve
 from worker.control import Order
 from worker.logs import make_logger
 from worker.replay.verify import Verdict
 from worker.service import Options
+from worker.serving import serve
 from worker.training.market import generate
 
 HOUR_MS = 3_600_000

@@ -11,10 +11,10 @@ from streams.messages import AGENTS
 from streams.recording import Recorded
 from tests.chaos.scene import market
 from tests.replay.scene import Scene, rewrite
-from worker.assembly import serve
 from worker.errors import CheckFailed
 from worker.logs import make_logger
 from worker.service import Options
+from worker.serving import serve
 
 SYMBOLS, BARS = 3, 130
 FIRST, LATE = 300, 345

@@ -16,10 +16,10 @@ from streams.keys import Keys
 from streams.redis import RedisStore, connect
 from tests.formats.samples import BARS, golden
 from tests.helpers import LIMIT_S, environment, free_port, wait_for
-from worker.assembly import serve
 from worker.cli.app import invoke
 from worker.logs import make_logger
 from worker.service import Options
+from worker.serving import serve
 from worker.settings import Settings
 from worker.training.market import generate
 from worker.training.train import train_agents

@@ -13,10 +13,10 @@ from streams.keys import Keys
 from streams.redis import connect
 from tests.chaos.scene import feed, market
 from tests.helpers import ROOT
-from worker.assembly import serve
 from worker.errors import UsageError
 from worker.logs import make_logger
 from worker.service import Options
+from worker.serving import serve
 from worker.settings import Settings
 from worker.testing import Quartet, in_memory
 

@@ -35,9 +35,9 @@ def run(
     ] = False,
 ) -> None:
     """Serve: bars in, votes and signals out, until SIGTERM."""
-    from worker.assembly import serve
     from worker.logs import make_logger
     from worker.service import Options
+    from worker.serving import serve
     from worker.split import serve_split
 
     name = _stage(settings, stage)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +16,9 @@ from streams.keys import CONSENSUS
 from streams.messages import CANARY, AgentState, Entry, Event, Reason, Reject
 from streams.redis import with_baseline
 from streams.store import (
-    FIRST_ID,
     Batch,
     Commit,
     InputLostError,
-    JoiningStore,
     RewoundError,
     Snapshot,
     id_tuple,
@@ -29,40 +27,25 @@ from worker import control
 from worker.batches import STATES, Ballot, Fields, Vectors
 from worker.builds import placed, started
 from worker.control import BadOrderError, Order
-from worker.decoding import SeriesBook, Vote, ballot_of, checked_vote, read_message, read_vectors, read_vote
+from worker.decoding import SeriesBook, Vote, ballot_of, checked_vote, read_vectors
 from worker.encoding import encoded_events, signals_output
 from worker.pipeline import Result
 from worker.processes.agents import MOST_ORDERS, ORDERS_EVERY_S
-from worker.processes.base import WAIT_S, MarkingStore, Process
+from worker.processes.base import WAIT_S
+from worker.processes.joining import ConsensusStore, JoinsVotes, Read
 from worker.reload import Steered
 from worker.settings import Settings
 from worker.stages import consensus, lateness
 from worker.stages.consensus import ConsensusStage
-from worker.stages.join import Heard, Joined, Patience, join
+from worker.stages.join import Joined, Patience
 from worker.stages.lateness import Lateness
 
 PARTS = ("series", *consensus.PARTS, *lateness.PARTS)
 THRESHOLDS_EVERY_S = 2.0
 
 
-class ConsensusStore(MarkingStore, JoiningStore, Protocol):
-    """What this process needs of a store."""
-
-
-@dataclass
-class _Read:
-    """One atomic read: the vectors in order, and every agent's and canary's votes."""
-
-    vectors: list[Entry]
-    votes: dict[str, list[Entry]]
-    heard: Mapping[str, Heard]
-    last_ids: Mapping[str, str]
-
-
-class ConsensusProcess(Process):
+class ConsensusProcess(JoinsVotes):
     """Joins vectors and votes and decides. `thresholds` asks the agents' processes for those of their models."""
-
-    store: ConsensusStore
 
     def __init__(
         self,
@@ -85,55 +68,11 @@ class ConsensusProcess(Process):
         self._asked_at: float | None = None
         self._orders_at = 0.0
         self._facts: dict[str, dict[str, str]] = {}
-        self._decoded: dict[tuple[str, str], Mapping[str, Any]] = {}
-        """What entries say that were read and not consumed yet: while a vote is waited for they are read again."""
+        self._decoded = {}
 
     @property
     def outputs(self) -> Mapping[str, str]:
         return {"signals": self.keys.signals}
-
-    # ------------------------------------------------------------------ reading
-
-    def _voters(self) -> dict[str, str]:
-        """Every agent and every canary that there may be, in the order of ballots, and the keys of their votes."""
-        agents = self.settings.agents
-        return {name: self.keys.votes(name) for name in (*agents, *(agent + CANARY for agent in agents))}
-
-    def _read(self) -> _Read:
-        most, voters = self._most, self._voters()
-        keys = [self.keys.features, *voters.values()]
-        with self.sensors.stopwatch("read"):
-            try:
-                batch: Batch = self._reaching(lambda: self.store.read_each(self.position, keys, most))
-            except InputLostError as error:
-                self._accept_loss(error)
-                batch = Batch((), {})
-            else:
-                self.options.accept_gap = False
-        self.position = with_baseline(self.position, batch.facts)
-        self._levels(batch.facts)
-        by_key: dict[str, list[Entry]] = {key: [] for key in keys}
-        for entry in batch.entries:
-            by_key[entry.key].append(entry)
-        votes = {name: by_key[key] for name, key in voters.items()}
-        heard = {
-            name: Heard([entry.id for entry in found], more=len(found) >= most)
-            for name, found in votes.items()
-            if found or not name.endswith(CANARY)
-        }
-        last_ids = {name: batch.facts[key].last_id for name, key in voters.items() if key in batch.facts}
-        return _Read(by_key[self.keys.features], votes, heard, last_ids)
-
-    def _accept_loss(self, error: InputLostError) -> None:
-        """Go on behind vectors or votes that are gone, if that was asked for; else stop."""
-        if not self.options.accept_gap:
-            raise error
-        self.log.error("input lost", reason="lost", key=error.key, lost=error.lost)
-        if error.key == self.keys.features:
-            self.book.rewarm_all()
-        evidence = {"key": error.key, "lost": error.lost, "after": error.resume.id}
-        event = Event("gap", reason="lost", detail=str(error), evidence=evidence)
-        self._skip_lost(error, event, {"series": self.book.changes()})
 
     # ------------------------------------------------------------------ a batch
 
@@ -156,47 +95,7 @@ class ConsensusProcess(Process):
             votes = [self.keys.votes(agent) for agent in self.settings.agents]
             self._wait([self.keys.features, *votes, self.keys.control], WAIT_S)
 
-    @property
-    def _decided(self) -> str:
-        """The ID of the last vector that was decided."""
-        known = self.position.inputs.get(self.keys.features)
-        return known.id if known else FIRST_ID
-
-    def _join(self, read: _Read) -> Joined:
-        """How far the vectors can be decided; an agent that is overdue is absent from here until it votes again."""
-        came = {agent for agent in self.settings.agents if read.heard[agent].ids}
-        self.lateness.absent -= came
-        vectors = [(entry.id, bool(self._decode(entry)["ready"])) for entry in read.vectors]
-        joined = join(vectors, read.heard, self.lateness.absent)
-        overdue = self.patience.overdue(self._clock(), joined.waiting, read.last_ids)
-        if overdue:
-            self.lateness.absent |= overdue
-            for agent in sorted(overdue):
-                self.log.warning("agent is absent", agent=agent, reason=str(Reason.DEADLINE_MISSED))
-            joined = join(vectors, read.heard, self.lateness.absent)
-        return self._of_one_weight(read, joined)
-
-    def _decode(self, entry: Entry) -> Mapping[str, Any]:
-        known = self._decoded.get((entry.key, entry.id))
-        if known is None:
-            known = read_message(entry) if entry.key == self.keys.features else read_vote(entry)
-            self._decoded[entry.key, entry.id] = known
-        return known
-
-    def _of_one_weight(self, read: _Read, joined: Joined) -> Joined:
-        """Cut before the first vector on which an agent's weight is another than before: its stage began anew."""
-        ids = {entry.id: place for place, entry in enumerate(read.vectors[: joined.taken])}
-        first: dict[str, float] = {}
-        end = joined.taken
-        for agent, found in read.votes.items():
-            for entry in found:
-                if entry.id in ids:
-                    weight = self._decode(entry)["weight"]
-                    if first.setdefault(agent, weight) != weight:
-                        end = min(end, ids[entry.id])
-        return joined if end == joined.taken else replace(joined, taken=end)
-
-    def _process(self, read: _Read, joined: Joined, heard: Sequence[Entry], orders: Steered) -> None:
+    def _process(self, read: Read, joined: Joined, heard: Sequence[Entry], orders: Steered) -> None:
         taken = read.vectors[: joined.taken]
         poison = self._approach(taken) if taken else frozenset()
         messages = [self._decode(entry) for entry in taken]
@@ -226,7 +125,7 @@ class ConsensusProcess(Process):
         self._cautious = max(0, self._cautious - len(taken))
         self._tell(result, late, rejects, [*told, *events])
 
-    def _decide(self, vectors: Vectors, read: _Read, joined: Joined) -> tuple[Result, list[Event]]:
+    def _decide(self, vectors: Vectors, read: Read, joined: Joined) -> tuple[Result, list[Event]]:
         ballots, missing = self._ballots(vectors, read, joined)
         ballots, events = self.lateness.fill(vectors, ballots, missing)
         signals, concerns = self.stage.process(vectors, ballots, self._known_thresholds())
@@ -235,7 +134,7 @@ class ConsensusProcess(Process):
         return Result(vectors.accepted, vectors, ballots, signals, {}, events), events
 
     def _ballots(
-        self, vectors: Vectors, read: _Read, joined: Joined
+        self, vectors: Vectors, read: Read, joined: Joined
     ) -> tuple[list[Ballot], dict[str, NDArray[np.bool_]]]:
         """The ballots on the voted rows, and on which of these each agent is missing."""
         ids, bars = vectors.voted_ids, vectors.bars

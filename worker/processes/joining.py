@@ -1,0 +1,124 @@
+"""Reading vectors and every agent's votes at one moment, and how far the vectors can be decided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from streams.messages import CANARY, Entry, Event, Reason
+from streams.redis import with_baseline
+from streams.store import FIRST_ID, Batch, InputLostError, JoiningStore
+from worker.decoding import SeriesBook, read_message, read_vote
+from worker.processes.base import MarkingStore, Process
+from worker.stages.join import Heard, Joined, Patience, join
+from worker.stages.lateness import Lateness
+
+
+class ConsensusStore(MarkingStore, JoiningStore, Protocol):
+    """What this process needs of a store."""
+
+
+@dataclass
+class Read:
+    """One atomic read: the vectors in order, and every agent's and canary's votes."""
+
+    vectors: list[Entry]
+    votes: dict[str, list[Entry]]
+    heard: Mapping[str, Heard]
+    last_ids: Mapping[str, str]
+
+
+class JoinsVotes(Process):
+    """A process whose input are vectors and the votes on them. `patience` says who is overdue, by `clock`."""
+
+    store: ConsensusStore
+    lateness: Lateness
+    book: SeriesBook
+    patience: Patience
+    _clock: Callable[[], float]
+    _decoded: dict[tuple[str, str], Mapping[str, Any]]
+    """What entries say that were read and not consumed yet: while a vote is waited for they are read again."""
+
+    # ------------------------------------------------------------------ reading
+
+    def _voters(self) -> dict[str, str]:
+        """Every agent and every canary that there may be, in the order of ballots, and the keys of their votes."""
+        agents = self.settings.agents
+        return {name: self.keys.votes(name) for name in (*agents, *(agent + CANARY for agent in agents))}
+
+    def _read(self) -> Read:
+        most, voters = self._most, self._voters()
+        keys = [self.keys.features, *voters.values()]
+        with self.sensors.stopwatch("read"):
+            try:
+                batch: Batch = self._reaching(lambda: self.store.read_each(self.position, keys, most))
+            except InputLostError as error:
+                self._accept_loss(error)
+                batch = Batch((), {})
+            else:
+                self.options.accept_gap = False
+        self.position = with_baseline(self.position, batch.facts)
+        self._levels(batch.facts)
+        by_key: dict[str, list[Entry]] = {key: [] for key in keys}
+        for entry in batch.entries:
+            by_key[entry.key].append(entry)
+        votes = {name: by_key[key] for name, key in voters.items()}
+        heard = {
+            name: Heard([entry.id for entry in found], more=len(found) >= most)
+            for name, found in votes.items()
+            if found or not name.endswith(CANARY)
+        }
+        last_ids = {name: batch.facts[key].last_id for name, key in voters.items() if key in batch.facts}
+        return Read(by_key[self.keys.features], votes, heard, last_ids)
+
+    def _accept_loss(self, error: InputLostError) -> None:
+        """Go on behind vectors or votes that are gone, if that was asked for; else stop."""
+        if not self.options.accept_gap:
+            raise error
+        self.log.error("input lost", reason="lost", key=error.key, lost=error.lost)
+        if error.key == self.keys.features:
+            self.book.rewarm_all()
+        evidence = {"key": error.key, "lost": error.lost, "after": error.resume.id}
+        event = Event("gap", reason="lost", detail=str(error), evidence=evidence)
+        self._skip_lost(error, event, {"series": self.book.changes()})
+
+    @property
+    def _decided(self) -> str:
+        """The ID of the last vector that was decided."""
+        known = self.position.inputs.get(self.keys.features)
+        return known.id if known else FIRST_ID
+
+    def _join(self, read: Read) -> Joined:
+        """How far the vectors can be decided; an agent that is overdue is absent from here until it votes again."""
+        came = {agent for agent in self.settings.agents if read.heard[agent].ids}
+        self.lateness.absent -= came
+        vectors = [(entry.id, bool(self._decode(entry)["ready"])) for entry in read.vectors]
+        joined = join(vectors, read.heard, self.lateness.absent)
+        overdue = self.patience.overdue(self._clock(), joined.waiting, read.last_ids)
+        if overdue:
+            self.lateness.absent |= overdue
+            for agent in sorted(overdue):
+                self.log.warning("agent is absent", agent=agent, reason=str(Reason.DEADLINE_MISSED))
+            joined = join(vectors, read.heard, self.lateness.absent)
+        return self._of_one_weight(read, joined)
+
+    def _decode(self, entry: Entry) -> Mapping[str, Any]:
+        known = self._decoded.get((entry.key, entry.id))
+        if known is None:
+            known = read_message(entry) if entry.key == self.keys.features else read_vote(entry)
+            self._decoded[entry.key, entry.id] = known
+        return known
+
+    def _of_one_weight(self, read: Read, joined: Joined) -> Joined:
+        """Cut before the first vector on which an agent's weight is another than before: its stage began anew."""
+        ids = {entry.id: place for place, entry in enumerate(read.vectors[: joined.taken])}
+        first: dict[str, float] = {}
+        end = joined.taken
+        for agent, found in read.votes.items():
+            for entry in found:
+                if entry.id in ids:
+                    weight = self._decode(entry)["weight"]
+                    if first.setdefault(agent, weight) != weight:
+                        end = min(end, ids[entry.id])
+        return joined if end == joined.taken else replace(joined, taken=end)
