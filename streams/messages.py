@@ -110,11 +110,15 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry as it was read from an input stream. `fields` hold the bytes as they came."""
+    """One entry as it was read from an input stream. `fields` hold the bytes as they came.
+
+    `arrived_ms` is when the entry arrived where its ID does not say so.
+    """
 
     key: str
     id: str
     fields: Mapping[bytes, bytes]
+    arrived_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -247,7 +247,7 @@ class Intake:
         self._changed.add((bar.symbol, bar.interval))
         self._count(batch, "accepted", bar)
         batch.ids.append(self.ids.derive(entry.id, now_ms, own=own_id))
-        batch.arrived_ms.append(_parts(entry.id)[0])
+        batch.arrived_ms.append(_parts(entry.id)[0] if entry.arrived_ms is None else entry.arrived_ms)
         batch.bars.append(bar)
         batch.rows.append(series.row)
         batch.restart.append(restart)

@@ -148,6 +148,11 @@ class Metrics:
         self._commits.touch(COMMIT_RESULTS)
         self._recoveries = Counter("quartet_recoveries", "Starts that took up an earlier position", registry=registry)
 
+    def declare_kafka(self) -> None:
+        """What only a worker on Kafka has."""
+        text = "Times that the group's partitions were dealt out anew"
+        self._rebalances = Counter("quartet_kafka_rebalances", text, registry=self.registry)
+
     # ------------------------------------------------------------------ agents come and go
 
     def add_agent(self, agent: str) -> None:
@@ -301,6 +306,10 @@ class Metrics:
 
     def recoveries(self, n: int = 1) -> None:
         self._recoveries.inc(n)
+
+    def rebalances(self, n: int = 1) -> None:
+        """For a worker on Kafka: see `declare_kafka`."""
+        self._rebalances.inc(n)
 
     # ------------------------------------------------------------------ times and levels
 

@@ -84,11 +84,12 @@ class Shelf:
             self._held[loading.agent, Artifact.of(loading.model)] = loading
         return loading
 
-    def keep(self, records: Mapping[str, Record]) -> None:
+    def keep(self, *records: Mapping[str, Record]) -> None:
         """Let go of every model that no record names."""
         named = {
             (agent, artifact)
-            for agent, record in records.items()
+            for each in records
+            for agent, record in each.items()
             for artifact in (record.artifact, record.before, record.trial and record.trial.artifact)
             if artifact
         }

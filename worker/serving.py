@@ -28,6 +28,7 @@ from worker.assembly import (
     use_one_thread_a_model,
 )
 from worker.decoding import SeriesBook
+from worker.errors import UsageError
 from worker.http import HttpServer, Probes
 from worker.lease import LeaseKeeper
 from worker.metrics import Metrics
@@ -51,6 +52,13 @@ from worker.voting import Seat
 
 def serve(settings: Settings, options: Options, log: FilteringBoundLogger, stage: str = CHAIN) -> None:
     """`quartet run`: everything from the server to the last commit."""
+    if settings.broker is not None:
+        from worker.kafka.serving import serve as serve_kafka  # noqa: PLC0415  only what needs Kafka pays for it
+
+        if stage != CHAIN:
+            raise UsageError("--stage is for Redis: on Kafka each partition runs the whole chain; add workers instead")
+        serve_kafka(settings, options, log)
+        return
     with server_url(settings, start=True) as url:
         client = open_client(url)
         keys = Keys(settings.namespace)

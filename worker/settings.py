@@ -49,6 +49,7 @@ SECRETS = ("redis",)
 """Settings that may hold a password: masked when shown, and readable from a file named by `QUARTET_<NAME>_FILE`."""
 
 _INTERVAL = re.compile(r"[1-9][0-9]*[smhd]")
+_BROKER = re.compile(r"kafka://[A-Za-z0-9._\[\]:-]+:[0-9]{1,5}(,[A-Za-z0-9._\[\]:-]+:[0-9]{1,5})*")
 _NAMESPACE = re.compile(r"[^\s{}\x00-\x1f\x7f]{1,128}")
 
 
@@ -121,6 +122,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid")
 
     redis: str = Field(EMBEDDED, description="server URL, or `embedded` for the one of the state directory")
+    broker: str | None = Field(None, description="kafka://HOST:PORT[,HOST:PORT] to run on Kafka instead of Redis")
     namespace: str = Field(DEFAULT_NAMESPACE, description="what every key begins with")
     bars: Names = Field((), description="input keys and patterns; the namespace's own bars key unless set")
     inputs: Annotated[Mapping[str, InputSetting], Frozen] = Field(
@@ -215,6 +217,13 @@ class Settings(BaseSettings):
     def _redis_is_a_url(cls, value: str) -> str:
         if value != EMBEDDED and not value.startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("expected `embedded` or a URL that begins with redis://, rediss:// or unix://")
+        return value
+
+    @field_validator("broker")
+    @classmethod
+    def _broker_is_a_url(cls, value: str | None) -> str | None:
+        if value is not None and not _BROKER.fullmatch(value):
+            raise ValueError(f"expected kafka://HOST:PORT, or several HOST:PORT with commas; found {value!r}")
         return value
 
     @field_validator("namespace")

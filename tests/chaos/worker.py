@@ -15,6 +15,13 @@ from typing import Any
 
 DEADLY = "CHAOS_DEADLY_SYMBOL"
 """A bar of this symbol kills the worker: read here only, the product does not know it."""
+STALLED = "CHAOS_STALLED_S"
+"""How long a worker on Kafka may stand still, in seconds, instead of a minute."""
+SESSION = "CHAOS_SESSION_S"
+"""After how long a silent worker's partitions of a Kafka group go to others, in seconds, instead of twelve."""
+LEADER_WAITS = "CHAOS_LEADER_WAITS_S"
+"""How long the leader of a Kafka group thinks about who gets what. librdkafka's mock cluster needs that: it refuses a
+member that asks for its share after the leader has told it."""
 
 
 def warm_up() -> None:
@@ -40,6 +47,16 @@ def child(arguments: list[str], env: dict[str, str], log: str) -> None:
     os.environ.update(env)
     if env.get(DEADLY):
         die_on(env[DEADLY])
+    if env.get(STALLED):
+        from worker.kafka import watchdog
+
+        watchdog.STALLED_S = float(env[STALLED])
+    if env.get(SESSION):
+        from worker.kafka import application
+
+        application.SESSION_S, application.HEARTBEAT_S = float(env[SESSION]), float(env[SESSION]) / 8
+    if env.get(LEADER_WAITS):
+        wait_before_assigning(float(env[LEADER_WAITS]))
     from worker.cli.app import invoke
 
     os._exit(invoke(["run", *arguments]))
@@ -57,6 +74,21 @@ def die_on(symbol: str) -> None:
         accept_one(self, batch, entry, raw, *rest, **further)
 
     Intake._accept_one = deadly  # type: ignore[method-assign]
+
+
+def wait_before_assigning(seconds: float) -> None:
+    """Slow the leader of a group down."""
+    import time
+
+    from faust.assignor.partition_assignor import PartitionAssignor
+
+    assign = PartitionAssignor.assign
+
+    def slow(self: Any, cluster: Any, members: Any) -> Any:
+        time.sleep(seconds * (len(members) > 1))
+        return assign(self, cluster, members)
+
+    PartitionAssignor.assign = slow
 
 
 def start(order: dict[str, Any]) -> int:

@@ -7,6 +7,7 @@ The broker is librdkafka's mock cluster in a process of its own, or the one that
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -59,6 +60,17 @@ class Cluster:
 
     def up(self) -> None:
         self._tell("up")
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Answer nothing and close nothing for as long as this block lasts."""
+        if self.process is None:
+            pytest.skip("a real broker is not stopped by a test")
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
 
     def _tell(self, order: str) -> None:
         if self.process is None:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from worker.cli.options import with_settings
+from worker.cli.options import with_settings, with_settings_and
 from worker.errors import CheckFailed
 from worker.settings import Settings
 
 if TYPE_CHECKING:
     from agents.artifacts import LoadOptions
+    from worker.control import Order
 
 app = typer.Typer(help="Look at the artifacts and steer the agents.", no_args_is_help=True)
 
@@ -96,7 +97,7 @@ WAIT_S = 15.0
 
 
 @app.command("reload")
-@with_settings
+@with_settings_and("broker")
 def reload_models(
     settings: Settings,
     agent: Annotated[str, typer.Argument(metavar="[AGENT]", help="One agent; every one that is not pinned.")] = "",
@@ -124,7 +125,7 @@ def _add_trial(order: str, text: str) -> None:
     """`quartet models ORDER AGENT FILE`."""
 
     @app.command(order, help=text)
-    @with_settings
+    @with_settings_and("broker")
     def give(
         settings: Settings,
         agent: Agent,
@@ -140,7 +141,7 @@ def _add_step(order: str, text: str) -> None:
     """`quartet models ORDER AGENT`."""
 
     @app.command(order, help=text)
-    @with_settings
+    @with_settings_and("broker")
     def give(
         settings: Settings, agent: Agent, wait: Wait = WAIT_S, no_wait: NoWait = False, as_json: OneEvent = False
     ) -> None:
@@ -155,19 +156,13 @@ for _name, _text in STEPS.items():
 
 def _order(settings: Settings, order: str, agent: str, file: Path | None, wait_s: float, *, as_json: bool) -> None:
     """Give one order and say what became of it: exit code 0 done, 1 refused, 3 nobody answered."""
-    from streams.keys import Keys
     from worker import ordering
-    from worker.assembly import open_client, server_url
     from worker.errors import Unavailable, UsageError
 
     if agent not in settings.agents and (agent or order != "reload"):
         raise UsageError(f"agent {agent!r} is not configured; the agents are {', '.join(settings.agents)}")
     given = ordering.order_for(order, agent, file, settings.models)
-    keys = Keys(settings.namespace)
-    with server_url(settings, start=False) as url, open_client(url) as client:
-        order_id, after = ordering.give(client, keys, given)
-        each = ordering.answering(client, keys, given, settings.agents)
-        events = ordering.answers(client, keys, order_id, after, wait_s, each) if wait_s else []
+    order_id, events = _give(settings, given, wait_s)
     if wait_s and not events:
         raise Unavailable(
             f"no worker of namespace {settings.namespace} answered order {order_id} within {wait_s:g} s; it is kept "
@@ -178,10 +173,28 @@ def _order(settings: Settings, order: str, agent: str, file: Path | None, wait_s
     elif not wait_s:
         typer.echo(f"ordered: {order} {agent} ({order_id})")
     for event in [] if as_json else events:
-        typer.echo(" ".join(part for part in (event["kind"], event["agent"], event["reason"]) if part))
+        where = f"partition {event['partition']}:" if "partition" in event else ""
+        typer.echo(" ".join(part for part in (where, event["kind"], event["agent"], event["reason"]) if part))
         typer.echo(f"  {event['detail']}")
     if any(event["kind"] in ordering.REFUSALS for event in events):
         raise typer.Exit(1)
+
+
+def _give(settings: Settings, order: Order, wait_s: float) -> tuple[str, list[dict[str, Any]]]:
+    """Write the order where the workers read it; its ID, and the events that answered it."""
+    if settings.broker is not None:
+        from worker.kafka import orders
+
+        return orders.give(settings.broker, settings.namespace, order, wait_s)
+    from streams.keys import Keys
+    from worker import ordering
+    from worker.assembly import open_client, server_url
+
+    keys = Keys(settings.namespace)
+    with server_url(settings, start=False) as url, open_client(url) as client:
+        order_id, after = ordering.give(client, keys, order)
+        each = ordering.answering(client, keys, order, settings.agents)
+        return order_id, ordering.answers(client, keys, order_id, after, wait_s, each) if wait_s else []
 
 
 def _load_options(settings: Settings) -> LoadOptions:

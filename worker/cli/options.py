@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -28,6 +29,10 @@ SHARED = {
 }
 
 
+MORE = {"broker": _flag(str, "--broker", "URL", "Kafka instead of Redis, as kafka://HOST:PORT.")}
+"""Flags of settings that some commands have; see `with_settings_and`."""
+
+
 def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give `command` the shared flags and call it with `settings=Settings` made of all sources.
 
@@ -35,6 +40,11 @@ def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     name is that of a shared one stands in for it.
     """
     return _with_shared(command, "settings", _settings)
+
+
+def with_settings_and(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """As `with_settings`, with the flags `names` of `MORE` too."""
+    return lambda command: _with_shared(command, "settings", _settings, {name: MORE[name] for name in names})
 
 
 def with_layers(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,7 +73,12 @@ def _layers(flags: dict[str, Any]) -> Any:
     return layers(**flags)
 
 
-def _with_shared(command: Callable[..., Any], name: str, make: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
+def _with_shared(
+    command: Callable[..., Any],
+    name: str,
+    make: Callable[[dict[str, Any]], Any],
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> Callable[..., Any]:
     hints = get_type_hints(command, include_extras=True)
     own = {
         p.name: p.replace(annotation=hints.get(p.name, p.annotation), kind=inspect.Parameter.KEYWORD_ONLY)
@@ -72,7 +87,7 @@ def _with_shared(command: Callable[..., Any], name: str, make: Callable[[dict[st
     }
     shared = {
         flag: inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
-        for flag, kind in SHARED.items()
+        for flag, kind in {**SHARED, **more}.items()
         if flag not in own
     }
 

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from worker.cli.options import Bars, reading, with_settings
+from worker.cli.options import Bars, reading, with_settings_and
 from worker.settings import Settings
 
 
-@with_settings
+@with_settings_and("broker")
 def run(
     settings: Settings,
     bars: Bars = None,
@@ -41,7 +41,7 @@ def run(
     from worker.split import serve_split
 
     name = _stage(settings, stage)
-    _check_split(split, stage, rebuild)
+    _check_split(settings, split, stage, rebuild)
     options = Options(until_idle_s=until_idle, accept_gap=accept_gap, rebuild=rebuild)
 
     def stop(_number: int, _frame: Any) -> None:
@@ -60,11 +60,13 @@ def run(
     serve(reading(settings, bars), options, log.bind(stage=name) if stage else log, name)
 
 
-def _check_split(split: bool, stage: str | None, rebuild: bool) -> None:
+def _check_split(settings: Settings, split: bool, stage: str | None, rebuild: bool) -> None:
     from worker.errors import UsageError
 
     if split and stage is not None:
         raise UsageError(f"--split runs every stage and --stage {stage} only one: give one of the two")
+    if split and settings.broker is not None:
+        raise UsageError("--split is for Redis: on Kafka each partition runs the whole chain; add workers instead")
     if split and rebuild:
         raise UsageError("--rebuild is for one stage: stop the others, then `quartet run --stage NAME --rebuild`")
 
