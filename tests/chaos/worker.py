@@ -112,9 +112,17 @@ def wait(pid: int) -> int:
 def main() -> None:
     warm_up()
     print("ready", flush=True)
+    alive: set[int] = set()
     for line in sys.stdin:
         order = json.loads(line)
-        print(start(order) if order["do"] == "start" else wait(order["pid"]), flush=True)
+        if order["do"] == "start":
+            alive.add(pid := start(order))
+            print(pid, flush=True)
+        else:
+            print(wait(order["pid"]), flush=True)
+            alive.discard(order["pid"])
+    for pid in alive:  # of a test that failed before it ended them
+        os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":
