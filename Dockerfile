@@ -9,7 +9,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
 # On amd64 the plain torch carries several GB of CUDA; an index with its CPU build spares them:
 #   --build-arg PIP_EXTRA_INDEX_URL=...
 ARG PIP_EXTRA_INDEX_URL=""
-ARG EXTRAS=feed,parquet
+ARG EXTRAS=feed,kafka,parquet
 WORKDIR /src
 RUN python -m venv /opt/quartet
 # What is slow and seldom changes first: a change of the program then costs seconds.

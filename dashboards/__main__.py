@@ -10,7 +10,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.compat import StringIO
 
-from dashboards import agents, feed, pipeline, runbook_board, signal
+from dashboards import agents, feed, kafka, pipeline, runbook_board, signal
 from dashboards.alerts import GRAFANA, rules
 from dashboards.cases import rule_tests
 
@@ -21,7 +21,7 @@ HEADER = "# Written by `python -m dashboards`: change the code there, not this f
 
 def files(interval_s: int = 60, grafana: str = GRAFANA) -> dict[str, str]:
     """Path under the folder to text, the same each time."""
-    boards = (signal.board(), agents.board(), pipeline.board(), feed.board(), runbook_board.board())
+    boards = (signal.board(), agents.board(), pipeline.board(), feed.board(), kafka.board(), runbook_board.board())
     made = {f"grafana/{board.uid.removeprefix('quartet-')}.json": board.to_json() for board in boards}
     made["prometheus/rules.yml"] = _yaml(rules(interval_s, grafana))
     if (interval_s, grafana) == (60, GRAFANA):

@@ -176,6 +176,14 @@ def tickets() -> list[Alert]:
             "is slower than the feed.",
         ),
         Alert(
+            "QuartetRebalancing",
+            TICKET,
+            "max(increase(quartet_kafka_rebalances_total[30m])) > 10",
+            "5m",
+            "The workers on Kafka rebalance all the time",
+            "A worker saw {{ $value | humanize }} rebalances within 30 minutes; nothing is computed during one.",
+        ),
+        Alert(
             "QuartetStreamLength",
             TICKET,
             "max by (stream) (quartet_stream_length) > 2e6",

@@ -152,6 +152,14 @@ CASES = (
         fills={"{{ $value }}": "2040"},
     ),
     Case(
+        "QuartetRebalancing",
+        {'quartet_kafka_rebalances_total{instance="a"}': "0+1x160"},
+        # A rolling restart of three workers, two rebalances each.
+        ({'quartet_kafka_rebalances_total{instance="a"}': "0x40 1 2 3 4 5 6 6x120"},),
+        "31m",
+        fills={"{{ $value | humanize }}": "120"},
+    ),
+    Case(
         "QuartetStreamLength",
         {'quartet_stream_length{stream="signals"}': "3000000x160"},
         ({'quartet_stream_length{stream="signals"}': "1010000x160"},),

@@ -130,6 +130,15 @@ EDGES = (
         fills={VALUE: "221"},
     ),
     Edge("QuartetLagGrowing", "not where it stays", {'quartet_stream_lag{stream="bars"}': "9000x80"}, silent="20m"),
+    Edge(
+        "QuartetRebalancing",
+        "past 10 within 30 minutes, for 5 minutes",
+        {"quartet_kafka_rebalances_total": "0x40 11x160"},
+        silent="14m30s",
+        fires="15m30s",
+        fills={HUMAN: "11"},
+    ),
+    Edge("QuartetRebalancing", "not at 10", {"quartet_kafka_rebalances_total": "0x40 10x160"}, silent="20m"),
     Edge("QuartetStreamLength", "not at 2e6", {'quartet_stream_length{stream="bars"}': "2000000x80"}, silent="20m"),
     Edge(
         "QuartetStreamLength",

@@ -20,7 +20,7 @@ from dashboards.__main__ import HERE, files
 from dashboards.runbook import FILE, sections
 from streams.messages import AgentState, Event, Reason, Status
 from tests.helpers import ROOT
-from worker.metrics import Metrics
+from worker.metrics import BridgeMetrics, Metrics
 from worker.sensors import Sensors
 
 GRAFANA = HERE / "grafana"
@@ -58,8 +58,8 @@ def test_regenerating_gives_no_difference() -> None:
         assert (HERE / name).read_text() == text, f"{name} differs: run `python -m dashboards`"
 
 
-def test_there_are_four_dashboards_and_the_runbook() -> None:
-    assert NAMES == ["agents.json", "feed.json", "pipeline.json", "runbook.json", "signal.json"]
+def test_there_are_five_dashboards_and_the_runbook() -> None:
+    assert NAMES == ["agents.json", "feed.json", "kafka.json", "pipeline.json", "runbook.json", "signal.json"]
     assert board("signal.json")["title"] == "Can I trust the signal now"
 
 
@@ -172,11 +172,12 @@ def test_rates_use_the_rate_interval(name: str) -> None:
 
 
 def registered() -> set[str]:
-    """The sample names that a worker exposes."""
-    registry = CollectorRegistry()
-    Metrics(registry)
+    """The sample names that a worker exposes, on Kafka too, and a bridge."""
+    worker, bridge = CollectorRegistry(), CollectorRegistry()
+    Metrics(worker).declare_kafka()
+    BridgeMetrics(bridge)
     names = set()
-    for family in registry.collect():
+    for family in (*worker.collect(), *bridge.collect()):
         names.add(family.name + ("_total" if family.type == "counter" else ""))
         if family.type == "histogram":
             names |= {f"{family.name}_{suffix}" for suffix in ("bucket", "sum", "count")}

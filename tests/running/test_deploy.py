@@ -58,7 +58,7 @@ def test_images_are_pinned_and_every_long_running_service_has_a_health_check_and
         assert service["cap_drop"] == ["ALL"], name
         assert "no-new-privileges:true" in service["security_opt"], name
         assert "test" in service["healthcheck"] or service["healthcheck"] == {"disable": True}, name
-    for name in ("redis", "worker", "prometheus", "grafana", "kafka"):
+    for name in ("redis", "worker", "prometheus", "grafana", "kafka", "bridge", "kafka-worker"):
         assert "test" in SERVICES[name]["healthcheck"], name
 
 
@@ -83,6 +83,16 @@ def test_what_a_service_waits_for_exists_and_has_a_health_check() -> None:
             # A service of a profile that is not chosen must not be started through the back door.
             if set(SERVICES[other].get("profiles", [])) - set(service.get("profiles", [])):
                 assert how["required"] is False
+
+
+def test_everything_of_the_profile_kafka_speaks_to_the_broker_of_the_inside() -> None:
+    advertised = SERVICES["kafka"]["environment"]["KAFKA_ADVERTISED_LISTENERS"]
+    (inside,) = re.findall(r"INSIDE://([^,]+)", advertised)
+    assert SERVICES["bridge"]["command"] == ["bridge", "--to", f"kafka://{inside}"]
+    assert SERVICES["kafka-worker"]["environment"]["QUARTET_BROKER"] == f"kafka://{inside}"
+    (made,) = SERVICES["kafka-topics"]["command"]
+    assert f"--bootstrap-server {inside} " in made
+    assert "for topic in bars rejected;" in made, "what the bridge asks for; workers make the rest"
 
 
 def test_every_mounted_file_is_in_the_repository_and_every_volume_is_declared() -> None:
