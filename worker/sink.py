@@ -11,14 +11,13 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
-import re
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from streams.records import MAX_BYTES
-from worker.errors import CheckFailed, Unavailable, UsageError
+from worker.errors import CheckFailed, Unavailable
 
 try:
     from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -26,13 +25,10 @@ try:
 except ModuleNotFoundError:
     raise Unavailable("the bridge needs aiokafka: install it with pip install 'quartet-worker[kafka]'") from None
 
-SCHEME = "kafka://"
 POLL_S = 0.1
 CALL_LIMIT_S = 30.0
 CLOSING_S = 2.0
 ENVELOPE_BYTES = 100_000
-
-_ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}")
 
 
 class SinkBrokenError(Exception):
@@ -48,12 +44,9 @@ class Record:
     value: bytes
 
 
-def bootstrap_of(url: str) -> str:
-    """`HOST:PORT,...` of `kafka://HOST:PORT,...`. Raises `UsageError`."""
-    addresses = url.removeprefix(SCHEME).rstrip("/").split(",")
-    if not url.startswith(SCHEME) or not all(_ADDRESS.fullmatch(one) for one in addresses):
-        raise UsageError(f"{url!r} is no address of a Kafka broker: expected kafka://HOST:PORT, more after commas")
-    return ",".join(addresses)
+def bootstrap_of(broker: str) -> str:
+    """`HOST:PORT,...` of the setting `broker`, whose form the settings judge."""
+    return broker.removeprefix("kafka://")
 
 
 class KafkaSink:

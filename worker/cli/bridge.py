@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def bridge(
     layers: tuple[Layer, ...],
     to: Annotated[
-        str, typer.Option("--to", metavar="URL", help="The Kafka cluster, kafka://HOST:PORT, more after commas.")
-    ],
+        str | None, typer.Option("--to", metavar="URL", help="The Kafka cluster, kafka://HOST:PORT[,HOST:PORT].")
+    ] = None,
     source: Annotated[
         str | None, typer.Option("--from", metavar="URL", help="The Redis server; --redis unless given.")
     ] = None,
@@ -46,7 +46,8 @@ def bridge(
     from worker.bridge import BridgeOptions
     from worker.logs import make_logger
 
-    settings = resolve((("--from", {"redis": source}), *layers) if source else layers)
+    given = [(flag, {name: url}) for flag, name, url in (("--from", "redis", source), ("--to", "broker", to)) if url]
+    settings = resolve((*given, *layers))
     options = BridgeOptions(until_idle, accept_gap, from_start)
 
     def stop(_number: int, _frame: Any) -> None:
@@ -54,10 +55,10 @@ def bridge(
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    _carry(reading(settings, bars), to, options, make_logger(settings.log_level))
+    _carry(reading(settings, bars), options, make_logger(settings.log_level))
 
 
-def _carry(settings: Settings, to: str, options: BridgeOptions, log: FilteringBoundLogger) -> None:
+def _carry(settings: Settings, options: BridgeOptions, log: FilteringBoundLogger) -> None:
     """Put a bridge together and let it run."""
     from prometheus_client import CollectorRegistry
 
@@ -76,7 +77,9 @@ def _carry(settings: Settings, to: str, options: BridgeOptions, log: FilteringBo
     from worker.settings import mask
     from worker.sink import KafkaSink, bootstrap_of
 
-    bootstrap = bootstrap_of(to)
+    if settings.broker is None:
+        raise UsageError("no Kafka cluster is named: give --to kafka://HOST:PORT, or set QUARTET_BROKER")
+    bootstrap = bootstrap_of(settings.broker)
     try:
         topics = Topics(settings.namespace)
     except ValueError as error:
