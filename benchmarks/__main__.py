@@ -16,6 +16,7 @@ SUITE: dict[str, list[str]] = {
     "recovery": [],
     "stages": [],
     "replay": [],
+    "kafka": ["--minutes", "250", "--symbols", "240"],
     "memory": [],
     "training": ["--seeds", "1"],
 }
