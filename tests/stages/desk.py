@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import structlog
 from prometheus_client import CollectorRegistry
 
 from streams.formats import FormatReader
 from streams.keys import Keys
 from streams.memory import MemoryStore, MemoryStreams
+from tests.helpers import wait_for
 from worker.assembly import limits_of, load_options, rules_of
 from worker.control import Order
 from worker.metrics import Metrics
@@ -30,6 +32,7 @@ from worker.status import Status
 
 AGENTS = ("xgboost", "lightgbm")
 KEYS = Keys()
+ROUNDS = 4_000
 
 
 class StagesDesk:
@@ -114,9 +117,13 @@ class StagesDesk:
 
     # ------------------------------------------------------------------ by hand
 
-    def turn(self, *names: str, rounds: int = 400) -> None:
-        """Let these stages work, or all of them, until a whole round changes nothing."""
-        for _ in range(rounds):
+    def turn(self, *names: str) -> None:
+        """Let these stages work, or all of them, until a whole round changes nothing and no model is being loaded."""
+        wait_for(lambda: self._is_done(names))
+
+    def _is_done(self, names: Sequence[str]) -> bool:
+        """One round of turns; whether it found nothing to do. Some rounds more than any test has batches for."""
+        for _ in range(ROUNDS):
             before = self._ends()
             for name in names or self.stages:
                 one = self.stages[name]
@@ -125,8 +132,11 @@ class StagesDesk:
                 one._idle_since = one._idle_since or 0.0
                 one._turn()
             waiting = any(getattr(one, "steering", None) and one.steering.waiting for one in self.stages.values())
-            if self._ends() == before and not waiting:
-                return
+            if waiting:
+                return False
+            if self._ends() == before:
+                return True
+        pytest.fail(f"after {ROUNDS} rounds there is still something to do")
 
     def _ends(self) -> Any:
         positions = {name: store.position.encode() for name, store in self.stores.items()}
