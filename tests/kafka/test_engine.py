@@ -53,15 +53,16 @@ def test_a_worker_that_is_killed_and_one_that_joins_change_nothing(group: GroupO
     """100 symbols on five partitions; two workers, one killed in mid-run, a third added."""
     bars = market(100, 45)
     workers = group(models)
-    first, second = workers.serve(), workers.serve()
-    until(lambda: first.text.count("partitions taken over") >= 2, first)
+    lives = [workers.serve()]
+    lives.append(workers.start())
+    workers.keep(lives, lambda: "partitions taken over" in lives[1].text)
     workers.feed(bars[:2000])
-    wait_for(lambda: workers.count(workers.topics.features) > 200)
-    assert first.signal(signal.SIGKILL) == -signal.SIGKILL
-    third = workers.start()
+    workers.keep(lives, lambda: workers.count(workers.topics.features) > 200)
+    assert lives[0].signal(signal.SIGKILL) == -signal.SIGKILL
+    lives[0] = workers.start()
     workers.feed(bars[2000:])
-    until(lambda: workers.count(workers.topics.features) >= len(bars), third)
-    for life in (second, third):
+    workers.keep(lives, lambda: workers.count(workers.topics.features) >= len(bars))
+    for life in lives:
         assert life.terminate() == 0, life.text
     workers.finish()
     assert_same(workers.said(), alone(models, bars, TREES))

@@ -15,6 +15,7 @@ from faust.types import TP
 from prometheus_client import CollectorRegistry
 from structlog.typing import FilteringBoundLogger
 
+from streams.codec import StateCorruptError
 from streams.keys import Keys
 from streams.store import FencedError, Position, StoreUnavailableError
 from streams.topics import Topics
@@ -25,7 +26,7 @@ from worker.kafka.health import Health
 from worker.kafka.ledger import Ledger, Record
 from worker.kafka.levels import Levels
 from worker.kafka.outgoing import Outgoing
-from worker.kafka.partition import Partition, Shared, statuses
+from worker.kafka.partition import Partition, Shared, explained, statuses
 from worker.kafka.shelf import SharedShelf
 from worker.kafka.store import Bounds, PartitionStore, offset_of
 from worker.kafka.topics import changelog_of, check_topics
@@ -73,6 +74,8 @@ class Engine:
         self._untouched: dict[TP, int] = {}
         self._looked_at = 0.0
         self._ended = asyncio.Event()
+        self._runs = False
+        self._crash: asyncio.Future[None] | None = None
         self._ticked = time.monotonic()
         self._fenced = ""
         self._recovering_since: float | None = None
@@ -95,6 +98,7 @@ class Engine:
 
     async def run(self) -> None:
         """Serve until stopped, idle or failed. Raises what ended it."""
+        self._runs = True
         starting = asyncio.ensure_future(self._start())
         try:
             ended = asyncio.ensure_future(self._ended.wait())
@@ -117,6 +121,9 @@ class Engine:
     async def prepare(self) -> None:
         """Topics, models and the port, before this process asks for partitions."""
         self._ticker = asyncio.ensure_future(self._tick())
+        (self.settings.state_dir / "kafka").mkdir(
+            parents=True, exist_ok=True
+        )  # Faust keeps a folder, and only makes that
         number = await check_topics(self._bootstrap, self.settings.namespace, self.settings.agents)
         self.log.info("broker", url=f"kafka://{self._bootstrap}", namespace=self.settings.namespace, partitions=number)
         probes = Probes(self._registry, self.health.last_beat, self.health.readiness)
@@ -147,6 +154,8 @@ class Engine:
     def _end(self, error: BaseException | None) -> None:
         if error is not None and self.failure is None:
             self.failure = error
+            if not self._runs:  # Faust's own command does: its worker ends with the application
+                self._crash = asyncio.ensure_future(self.app.crash(error))
         self._ended.set()
 
     async def _tick(self) -> None:
@@ -264,7 +273,10 @@ class Engine:
 
     def _take_over(self, number: int) -> Partition:
         bounds = {key: self._bounds[TP(topic, number)] for topic, key in self._keys.items()}
-        ledger = Ledger.restore(self._books.pop(number, {}))
+        try:
+            ledger = Ledger.restore(self._books.pop(number, {}))
+        except StateCorruptError as error:
+            raise explained(number, error, self.settings.namespace) from error
         position = Position.decode(ledger.position)
         for topic, key in self._keys.items():
             self._next[TP(topic, number)] = max(bounds[key].first, offset_of(position, key))

@@ -80,7 +80,7 @@ class Partition:
         try:
             self._serve()
         except StateCorruptError as error:
-            self._failed(CheckFailed(_corrupt(self.number, error, self._shared.settings.namespace)))
+            self._failed(explained(self.number, error, self._shared.settings.namespace))
         except StoreUnavailableError as error:
             if not self._options.stop.is_set():
                 self._failed(error)
@@ -108,10 +108,11 @@ class Partition:
             worker.pipeline.voting.close()
 
 
-def _corrupt(number: int, error: StateCorruptError, namespace: str) -> str:
+def explained(number: int, error: StateCorruptError, namespace: str) -> CheckFailed:
+    """What to do on Kafka about state that cannot be trusted."""
     from worker.kafka.topics import changelog_of  # noqa: PLC0415  aiokafka, for a failure only
 
-    return (
+    return CheckFailed(
         f"partition {number}: {str(error).partition(';')[0]}; the stored state cannot be trusted. Stop every worker, "
         f"delete the topic {changelog_of(namespace)} and the group {namespace}, and start again: every bar that "
         f"{namespace}.bars still holds is computed anew"
