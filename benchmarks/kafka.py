@@ -199,7 +199,10 @@ def throughput(plan: Plan, minutes: int) -> dict[str, Any]:
     split, n = WARM_MINUTES * len(symbols), minutes * len(symbols)
     with tempfile.TemporaryDirectory() as name, mock_cluster() as cluster, ExitStack() as stack:
         group = Group(cluster, plan.agents, Path(name), plan.partitions)
-        running = [stack.enter_context(group.worker(cores)) for cores in plan.cores]
+        running: list[Worker] = []
+        for cores in plan.cores:  # one joins the group after the other
+            running.append(stack.enter_context(group.worker(cores)))
+            until(lambda: running[-1].partitions() > 0, running)
         until(lambda: {w.partitions() for w in running} == {plan.partitions // len(running)}, running)
         consumed(group, running, bars[:split], 0)
         before, broker = counted(running), cpu_of(group.broker_pid)
