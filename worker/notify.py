@@ -12,6 +12,9 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 
+STANDING_BY = "standing by for another instance"
+"""The status of an instance that waits for its turn."""
+
 EVERY_S = 1.0
 """Least time between two signs of life; the unit's `WatchdogSec` is many times longer."""
 

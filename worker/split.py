@@ -9,12 +9,14 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event
 
 import redis
@@ -23,10 +25,10 @@ from structlog.typing import FilteringBoundLogger
 from streams.inputs import Inputs
 from streams.keys import CONSENSUS, FEATURES, Keys
 from streams.redis import RedisStore
-from streams.store import FIRST_ID, Position, StoreUnavailableError
+from streams.store import InputPosition, StoreUnavailableError
 from worker.assembly import check_way, open_client, server_url, stage_names
 from worker.errors import CHECK_FAILED, UNAVAILABLE, USAGE, CheckFailed, QuartetError, Unavailable, UsageError
-from worker.notify import Notifier
+from worker.notify import STANDING_BY, Notifier
 from worker.service import Options
 from worker.settings import Settings
 
@@ -43,6 +45,7 @@ SHORT_S = 30.0
 PATIENCE_S = 25.0
 """How long a stage may take to commit its batch in hand once it was told to stop; service managers give 30."""
 
+STANDS_BY = b"STATUS=" + STANDING_BY.encode()
 PR_SET_PDEATHSIG = 1
 
 _FAILURES: Mapping[int, type[QuartetError]] = {CHECK_FAILED: CheckFailed, USAGE: UsageError, UNAVAILABLE: Unavailable}
@@ -54,21 +57,21 @@ def ports(stages: Sequence[str], first: int) -> dict[str, int]:
     return {stage: first + place if first else 0 for place, stage in enumerate(ordered)}
 
 
-def command_of(stage: str, settings: Settings, port: int, flags: Sequence[str] = ()) -> list[str]:
+def command_of(stage: str, settings: Settings, port: int) -> list[str]:
     """The command line of one stage; settings that have no flag reach it by the environment and the file."""
     told = {"--namespace": settings.namespace, "--http-port": port}
     told |= {"--models": settings.models, "--state-dir": settings.state_dir}
     shared = [str(part) for pair in told.items() for part in pair]
     bars = [part for key in settings.bars for part in ("--bars", key)]
-    return [sys.executable, "-m", "worker", "run", "--stage", stage, *shared, *bars, *flags]
+    return [sys.executable, "-m", "worker", "run", "--stage", stage, *shared, *bars]
 
 
 def environment_of(url: str) -> dict[str, str]:
     """The environment of every stage. The server's URL stands here: a command line shows its password to everybody.
 
-    What tells a service manager apart from its children stays with the supervisor.
+    What a service manager asks of this process is not theirs.
     """
-    ours = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "QUARTET_REDIS_FILE")
+    ours = ("WATCHDOG_USEC", "WATCHDOG_PID", "QUARTET_REDIS_FILE")
     return {name: value for name, value in os.environ.items() if name not in ours} | {"QUARTET_REDIS": url}
 
 
@@ -80,23 +83,47 @@ def _end_with_parent() -> None:
 
 @dataclass
 class Stage:
-    """One stage and the process that runs it, if one does."""
+    """One stage and the process that runs it, if one does.
+
+    `once` are flags for its first life alone. `ready` and `waits` say whether this life serves, or stands by for
+    another instance: it tells so on `line`, a Unix socket, as it would tell a service manager.
+    """
 
     name: str
     command: Sequence[str]
     environment: Mapping[str, str]
+    line: Path
+    once: Sequence[str] = ()
     process: subprocess.Popen[bytes] | None = None
+    ready: bool = False
+    waits: bool = False
     lives: int = 0
     deaths: int = 0
     born: float = 0.0
     due: float = 0.0
+    _told: socket.socket | None = None
+
+    def listen(self) -> None:
+        """Take in what the process told of itself since the last call."""
+        while self._told is not None:
+            try:
+                told = self._told.recv(4096).split(b"\n")
+            except BlockingIOError:
+                return
+            self.ready |= b"READY=1" in told
+            self.waits = not self.ready and (self.waits or STANDS_BY in told)
 
     def start(self) -> None:
         """Begin a life."""
+        self.ready = self.waits = False
+        if self._told is None:
+            self._told = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._told.bind(str(self.line))
+            self._told.setblocking(False)
         self.process = subprocess.Popen(
-            self.command,
+            [*self.command, *(() if self.lives else self.once)],
             stdin=subprocess.DEVNULL,
-            env=self.environment,
+            env={**self.environment, "NOTIFY_SOCKET": str(self.line)},
             preexec_fn=_end_with_parent,  # noqa: PLW1509 - the supervisor has one thread
         )
         self.lives += 1
@@ -109,7 +136,8 @@ class Stage:
 
     def bury(self, now: float) -> float | None:
         """Note a death: the seconds until the next life, None where there were too many short ones."""
-        self.process = None
+        self.listen()
+        self.process, self.ready, self.waits = None, False, False
         self.deaths = 0 if now - self.born > SHORT_S else self.deaths + 1
         if self.deaths >= len(PAUSES_S):
             return None
@@ -121,14 +149,13 @@ class Stage:
 class Supervisor:
     """Runs `stages` until `stop` is set or `idle` says that there is nothing left to do.
 
-    The last of them starts once the others serve. `serving` says whether stages of these names have an instance that
-    is alive; it and `idle` are asked every `LOOK_S` seconds.
+    The last of them starts once the others serve, or all stand by. `idle` is asked every `LOOK_S` seconds while
+    every stage serves.
     """
 
     stages: Sequence[Stage]
     log: FilteringBoundLogger
     stop: Event
-    serving: Callable[[Sequence[str]], bool]
     idle: Callable[[], bool] = lambda: False
     notifier: Notifier = field(default_factory=Notifier)
     reload: Event = field(default_factory=Event)
@@ -141,7 +168,9 @@ class Supervisor:
             self.stages[-1].due = float("inf")
             while not self.stop.wait(POLL_S) and not self._finished():
                 for stage in self.stages:
+                    stage.listen()
                     self._mind(stage)
+                self._look_for_all()
                 if self.reload.is_set():
                     self._reload()
                 self.notifier.alive()
@@ -175,28 +204,26 @@ class Supervisor:
         line = f"stage {stage.name} ended; starting it again"
         self.log.error(line, stage=stage.name, reason=str(code), pause_s=pause)
 
-    def _finished(self) -> bool:
-        """Whether the stages have nothing left to do; sees to it that the last one starts."""
-        now = time.monotonic()
-        if now - self._looked < LOOK_S:
-            return False
-        self._looked = now
-        try:
-            return self._all_serve() and self.idle()
-        except (redis.RedisError, StoreUnavailableError):
-            return False  # the stages meet the same outage and say so
-
-    def _all_serve(self) -> bool:
-        *others, last = [stage.name for stage in self.stages]
-        if self.stages[-1].lives == 0 and self.serving(others):
-            self.stages[-1].due = 0.0
-        if not self.serving([*others, last]):
-            return False
-        if not self._served:
+    def _look_for_all(self) -> None:
+        """Start the last stage when its time has come; tell once that all of them serve."""
+        *others, last = self.stages
+        if last.lives == 0 and all(stage.ready or stage.waits for stage in others):
+            last.due = 0.0
+        if not self._served and all(stage.ready for stage in self.stages):
             self._served = True
             self.log.info("all stages serve", n=len(self.stages))
             self.notifier.ready(f"{len(self.stages)} stages serve")
-        return True
+
+    def _finished(self) -> bool:
+        """Whether the stages have nothing left to do."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_S or not all(stage.ready for stage in self.stages):
+            return False
+        self._looked = now
+        try:
+            return self.idle()
+        except (redis.ConnectionError, redis.TimeoutError, StoreUnavailableError):
+            return False  # the stages meet the same outage and say so
 
     def _end(self) -> None:
         """Stop every stage; each commits its batch in hand."""
@@ -226,9 +253,8 @@ class Progress:
     def __init__(self, client: redis.Redis, settings: Settings) -> None:
         self._client = client
         self._keys = Keys(settings.namespace)
-        self._stages = stage_names(settings)
         self._inputs = Inputs(settings.input_keys, settings.namespace)
-        self._reads = {stage: self._reads_of(stage, settings.agents) for stage in self._stages}
+        self._reads = {stage: self._reads_of(stage, settings.agents) for stage in stage_names(settings)}
         self._seen: object = None
         self._since = time.monotonic()
 
@@ -238,35 +264,34 @@ class Progress:
         votes = [self._keys.votes(agent) for agent in agents] if stage == CONSENSUS else []
         return [self._keys.features, *votes]
 
-    def serving(self, stages: Sequence[str]) -> bool:
-        """Whether each of `stages` has an instance that is alive."""
-        return self._client.exists(*map(self._keys.lease, stages)) == len(stages)
-
     def quiet_s(self) -> float:
         """For how long nothing has moved while every stage had read all that there was; 0 while one has not."""
         behind, seen = False, []
         for stage, reads in self._reads.items():
-            position = RedisStore(self._client, self._keys, stage).load(()).position
-            keys = reads or self._bars(position)
-            last = [self._last_id(key) for key in keys]
-            at = [position.inputs[key].id if key in position.inputs else FIRST_ID for key in keys]
-            behind |= at != last
-            seen.append((stage, keys, last, at))
+            store = RedisStore(self._client, self._keys, stage)
+            if not reads:
+                self._inputs.refresh(store.find)
+            position = store.load(()).position
+            facts = {key: self._facts(key) for key in reads or self._inputs.keys}
+            behind |= any(_is_behind(position.inputs.get(key), *fact) for key, fact in facts.items())
+            seen.append((stage, position, facts))
         if behind or seen != self._seen:
             self._seen, self._since = seen, time.monotonic()
         return 0.0 if behind else time.monotonic() - self._since
 
-    def _bars(self, position: Position) -> list[str]:
-        """The input keys of the feature stage: the plain ones, and what it found by pattern."""
-        found = [key for key in position.inputs if key != self._keys.control]
-        return sorted({*self._inputs.named, *found})
-
-    def _last_id(self, key: str) -> str:
-        """The last ID of a stream, of one that is not there the first."""
+    def _facts(self, key: str) -> tuple[int, int]:
+        """Entries in a stream, and ever added to it; of one that is not there none."""
         try:
-            return str(self._client.xinfo_stream(key)["last-generated-id"].decode())
-        except redis.ResponseError:
-            return FIRST_ID
+            info = self._client.xinfo_stream(key)
+        except redis.ResponseError as error:
+            if "no such key" in str(error):
+                return 0, 0
+            raise
+        return int(info["length"]), int(info["entries-added"])
+
+
+def _is_behind(position: InputPosition | None, length: int, added: int) -> bool:
+    return length > 0 if position is None else position.consumed < added
 
 
 def compile_once(environment: Mapping[str, str], log: FilteringBoundLogger) -> None:
@@ -276,12 +301,14 @@ def compile_once(environment: Mapping[str, str], log: FilteringBoundLogger) -> N
         return
     log.info("compiling the kernels, once", cache=str(cache))
     program = "from worker.pipeline import Pipeline; Pipeline([]).voting.close()"
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, check=False)
+    if done.returncode:
+        raise CheckFailed(f"the kernels cannot be compiled into {cache}, see above: is it writable, and has it room?")
 
 
 def serve_split(settings: Settings, options: Options, log: FilteringBoundLogger) -> None:
     """`quartet run --split`: all stages of the settings until told to stop, or idle."""
-    with server_url(settings, start=True) as url:
+    with server_url(settings, start=True) as url, TemporaryDirectory(prefix="quartet-") as folder:
         client = open_client(url)
         check_way(client, Keys(settings.namespace), FEATURES)
         progress = Progress(client, settings)
@@ -289,14 +316,13 @@ def serve_split(settings: Settings, options: Options, log: FilteringBoundLogger)
         at = ports(names, settings.http_port)
         own = environment_of(url)
         compile_once(own, log)
-        flags = ["--accept-gap"] if options.accept_gap else []
-        stages = [Stage(name, command_of(name, settings, at[name], flags), own) for name in names]
+        once = ["--accept-gap"] if options.accept_gap else []
+        stages = [Stage(x, command_of(x, settings, at[x]), own, Path(folder, x), once) for x in names]
         limit_s = options.until_idle_s
         Supervisor(
             stages,
             log,
             options.stop,
-            serving=progress.serving,
             idle=lambda: limit_s is not None and progress.quiet_s() >= limit_s,
             notifier=Notifier.from_environment(),
             reload=options.reload,

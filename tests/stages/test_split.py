@@ -23,11 +23,27 @@ from worker.split import PAUSES_S, Stage, Supervisor, ports
 
 LOG = structlog.get_logger()
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
+SERVE = [
+    sys.executable,
+    "-c",
+    "import time; from worker.notify import Notifier; Notifier.from_environment().ready('serving'); time.sleep(600)",
+]
+STAND_BY = [
+    sys.executable,
+    "-c",
+    "import time; from worker.notify import *; Notifier.from_environment().status(STANDING_BY); time.sleep(600)",
+]
 
 
-def supervised(*commands: list[str], idle=lambda: False, serving: bool = True) -> Supervisor:
-    stages = [Stage(f"s{n}", command, dict(os.environ)) for n, command in enumerate(commands)]
-    return Supervisor(stages, LOG, threading.Event(), serving=lambda names: serving, idle=idle)
+@pytest.fixture
+def supervised(tmp_path):
+    """Make a supervisor of commands."""
+
+    def make(*commands: list[str], idle=lambda: False) -> Supervisor:
+        stages = [Stage(f"s{n}", c, environment(), tmp_path / f"s{n}") for n, c in enumerate(commands)]
+        return Supervisor(stages, LOG, threading.Event(), idle=idle)
+
+    return make
 
 
 def run_aside(supervisor: Supervisor) -> threading.Thread:
@@ -50,18 +66,36 @@ def test_the_stages_follow_the_bars_and_the_consensus_has_the_port():
     assert set(ports(names, 0).values()) == {0}
 
 
-def test_the_last_stage_starts_once_the_others_serve():
-    asked: list[list[str]] = []
-    supervisor = supervised(SLEEP, SLEEP)
-    supervisor.serving = lambda names: asked.append(list(names)) or len(asked) > 3
-    supervisor.idle = lambda: supervisor.stages[-1].process is not None
-    supervisor.run()
-    assert asked[:4] == [["s0"], ["s0", "s1"], ["s0"], ["s0", "s1"]]
-    assert supervisor.stages[-1].lives == 1
+@pytest.mark.parametrize("settled", [SERVE, STAND_BY])
+def test_the_last_stage_starts_once_the_others_serve_or_stand_by(supervised, settled):
+    supervisor = supervised(SLEEP, settled, SERVE)
+    thread = run_aside(supervisor)
+    first, second, last = supervisor.stages
+    wait_for(lambda: second.ready or second.waits)
+    assert (second.ready, second.waits) == (settled is SERVE, settled is STAND_BY)
+    assert last.lives == 0, "the first has not said that it serves"
+    first.command = SERVE
+    os.kill(first.process.pid, signal.SIGKILL)
+    wait_for(lambda: last.ready)
+    assert (first.lives, last.lives) == (2, 1)
+    supervisor.stop.set()
+    thread.join()
 
 
-def test_a_stage_that_is_killed_lives_again_and_the_others_live_on():
-    supervisor = supervised(SLEEP, SLEEP)
+def test_flags_of_the_first_life_are_not_given_to_the_next(supervised, tmp_path):
+    told = tmp_path / "told"
+    program = f"import sys; open({str(told)!r}, 'a').write(' '.join(sys.argv[1:]) + ';')"
+    supervisor = supervised([sys.executable, "-c", f"{program}; raise SystemExit(75)"], SLEEP)
+    supervisor.stages[0].once = ["--accept-gap"]
+    thread = run_aside(supervisor)
+    wait_for(lambda: told.exists() and told.read_text().count(";") >= 2)
+    supervisor.stop.set()
+    thread.join()
+    assert told.read_text().split(";")[:2] == ["--accept-gap", ""]
+
+
+def test_a_stage_that_is_killed_lives_again_and_the_others_live_on(supervised):
+    supervisor = supervised(SERVE, SERVE)
     thread = run_aside(supervisor)
     first, second = supervisor.stages
     wait_for(lambda: all(stage.process is not None and stage.code is None for stage in supervisor.stages))
@@ -75,7 +109,7 @@ def test_a_stage_that_is_killed_lives_again_and_the_others_live_on():
     assert not any(alive(pid) for pid in pids)
 
 
-def test_a_stage_that_dies_again_and_again_ends_them_all(tmp_path, monkeypatch):
+def test_a_stage_that_dies_again_and_again_ends_them_all(supervised, tmp_path, monkeypatch):
     monkeypatch.setattr("worker.split.PAUSES_S", (0.0,) * len(PAUSES_S))
     born = tmp_path / "born"
     program = f"import os; open({str(born)!r}, 'a').write('.'); os.kill(os.getpid(), 9)"
@@ -87,34 +121,34 @@ def test_a_stage_that_dies_again_and_again_ends_them_all(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("code", "error"), [(1, CheckFailed), (2, UsageError)])
-def test_a_stage_that_cannot_start_ends_them_all_with_its_exit_code(code, error):
-    supervisor = supervised(SLEEP, [sys.executable, "-c", f"raise SystemExit({code})"], SLEEP, serving=False)
+def test_a_stage_that_cannot_start_ends_them_all_with_its_exit_code(supervised, code, error):
+    supervisor = supervised(SLEEP, [sys.executable, "-c", f"raise SystemExit({code})"], SLEEP)
     with pytest.raises(error, match=f"s1 ended with exit code {code}") as caught:
         supervisor.run()
     assert caught.value.exit_code == code
     assert not alive(supervisor.stages[0].process.pid)
 
 
-def test_it_ends_by_itself_where_there_is_nothing_left_to_do():
+def test_it_ends_by_itself_where_there_is_nothing_left_to_do(supervised):
     looks = iter([False, False, True])
-    supervisor = supervised(SLEEP, idle=lambda: next(looks))
+    supervisor = supervised(SERVE, SERVE, idle=lambda: next(looks))
     supervisor.run()
-    assert not alive(supervisor.stages[0].process.pid)
+    assert not any(alive(pid) for pid in (stage.process.pid for stage in supervisor.stages))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only the kernel of Linux tells a child of its parent's end")
 def test_a_supervisor_that_is_killed_leaves_no_stage_behind(tmp_path):
     program = (
         "import os, structlog, sys, threading, worker.split as s\n"
-        f"stage = s.Stage('s', {SLEEP!r}, dict(os.environ))\n"
+        "from pathlib import Path\n"
+        f"stage, other = (s.Stage(n, {SERVE!r}, dict(os.environ), Path(sys.argv[1] + n)) for n in 'ab')\n"
         "log = structlog.get_logger()\n"
-        "threading.Timer(0.0, lambda: None)\n"
         "class Told(s.Supervisor):\n"
         "    def _start(self, stage):\n"
         "        super()._start(stage)\n"
         "        open(sys.argv[1] + '.new', 'w').write(str(stage.process.pid))\n"
         "        os.rename(sys.argv[1] + '.new', sys.argv[1])\n"
-        "Told([stage], log, threading.Event(), serving=lambda names: True).run()\n"
+        "Told([stage, other], log, threading.Event()).run()\n"
     )
     told = tmp_path / "pid"
     with subprocess.Popen([sys.executable, "-c", program, str(told)], cwd=ROOT, env=environment()) as supervisor:

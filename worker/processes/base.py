@@ -28,7 +28,7 @@ from worker.batches import Fields
 from worker.encoding import encoded_events
 from worker.http import Condition
 from worker.lease import LeaseKeeper
-from worker.notify import Notifier
+from worker.notify import STANDING_BY, Notifier
 from worker.sensors import Sensors
 from worker.settings import Settings
 from worker.status import Status
@@ -188,7 +188,7 @@ class Process(ABC):
         while not self._reaching(self.store.acquire):
             if not waiting:
                 self.log.info("standing by: another instance is alive and owns this namespace")
-                self.status.owner = Condition(ok=False, detail="standing by for another instance")
+                self.status.owner = Condition(ok=False, detail=STANDING_BY)
                 self.notifier.status(self.status.owner.detail)
             waiting = True
             self._beat()
