@@ -23,6 +23,7 @@ from streams.keys import Keys
 from tests.chaos.scene import Fields, Stage, until
 from tests.helpers import LIMIT_S, free_port, quartet
 from tests.running.conftest import ACL_FILE, PASSWORDS, Server, acl_with_passwords, served
+from tests.stages.scene import run_split
 from worker.cli.app import invoke
 from worker.http import Answer, Readiness
 from worker.page import Page
@@ -66,6 +67,17 @@ def test_the_worker_runs_end_to_end_with_the_minimal_rights(
         used = {name.removeprefix("cmdstat_") for name in reader.info("commandstats")}
     granted = {right[1:] for right in rights("worker") if right.startswith("+")}
     assert granted - used == set()
+
+
+def test_stages_as_processes_run_end_to_end_with_the_same_rights(
+    guarded: Callable[[str], str], stage: Callable[..., Stage], bars: Sequence[Fields], tmp_path: Path
+) -> None:
+    made, log = stage(guarded("worker")), tmp_path / "split.log"
+    with redis.Redis.from_url(guarded("feed")) as feed, redis.Redis.from_url(guarded("reader")) as reader:
+        entries(feed, bars)
+        with run_split(made, log, "--until-idle", "1") as program:
+            assert program.wait(LIMIT_S) == 0, log.read_text()
+        assert reader.xlen("quartet:signals") == SIGNALS
 
 
 def the_page_is_served(stage: Stage, feed: redis.Redis, bar: Fields) -> None:

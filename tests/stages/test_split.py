@@ -16,6 +16,7 @@ import structlog
 
 from tests.chaos.scene import TREES, added, assert_same, market
 from tests.helpers import ROOT, environment, quartet, wait_for
+from tests.stages.scene import run_split
 from worker.assembly import stage_names
 from worker.errors import CheckFailed, UsageError
 from worker.settings import Settings
@@ -169,21 +170,6 @@ def scenes(stage, valkey):
     chained.finish()
     split.feed(entries)
     return chained, split
-
-
-def run_split(scene, log: Path, *arguments: str, **env: str) -> subprocess.Popen[bytes]:
-    settings = {
-        "QUARTET_REDIS": scene.url,
-        "QUARTET_NAMESPACE": scene.namespace,
-        "QUARTET_AGENTS": ",".join(scene.agents),
-        "QUARTET_QUORUM": str(len(scene.agents)),
-        "QUARTET_WARMUP_BARS__V3": "30",
-        "QUARTET_DEADLINE_S": "600",
-        "QUARTET_HTTP_PORT": "0",
-    }
-    command = [sys.executable, "-m", "worker", "run", "--split", "--models", str(scene.models), *arguments]
-    with log.open("wb") as out:
-        return subprocess.Popen(command, cwd=scene.directory, env=environment({**settings, **env}), stderr=out)
 
 
 def started(log: Path) -> dict[str, int]:
