@@ -41,6 +41,7 @@ class Exchange:
     def __init__(self) -> None:
         self.requests: list[int] = []
         self.connections = 0
+        self.refused = 0
         self.refusing = False
         self.muted = False
         self._sockets: dict[web.WebSocketResponse, set[str]] = {}
@@ -108,6 +109,7 @@ class Exchange:
 
     async def _klines(self, request: web.Request) -> web.Response:
         if self.refusing:
+            self.refused += 1
             return web.json_response({"code": -1000, "msg": "down"}, status=503)
         now_ms = time.time_ns() // 1_000_000
         start = -(-int(request.query["startTime"]) // STEP_MS) * STEP_MS
@@ -117,6 +119,8 @@ class Exchange:
         return web.json_response([row(request.query["symbol"], ts, now_ms) for ts in stamps])
 
     async def _stream(self, request: web.Request) -> web.WebSocketResponse:
+        if self.refusing:
+            raise web.HTTPServiceUnavailable
         socket = web.WebSocketResponse()
         await socket.prepare(request)
         self._sockets[socket] = set()

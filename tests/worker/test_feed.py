@@ -54,6 +54,7 @@ def feeding(tmp_path: Path, url: str, namespace: str, exchange: Exchange, *more:
     finally:
         child.send_signal(signal.SIGTERM)
         code = child.wait(LIMIT_S)
+        sys.stdout.write((tmp_path / "feed.log").read_text())  # what a test that waited in vain has to show
     assert code == 0, (tmp_path / "feed.log").read_text()
     assert "Traceback" not in (tmp_path / "feed.log").read_text()
 
@@ -114,10 +115,26 @@ def test_cuts_and_refusals_leave_no_gap_and_no_bar_twice(tmp_path, valkey, names
             exchange.refusing = refusing
             exchange.cut()
             pause()
+            wait_for(lambda refusing=refusing: exchange.refused or not refusing)
             exchange.refusing = False
             wait_for(lambda before=before: exchange.connections > before, 2 * LIMIT_S)
             stream.grows(2)
     stream.check()
+
+
+def test_an_error_that_is_not_of_the_network_is_outlived_too(publisher, stream, exchange):
+    """Binance's -1000, an unknown error, is ccxt's `OperationFailed`: neither a network's error nor an exchange's."""
+
+    async def scene() -> None:
+        plan = Plan(history=5, first_pause_s=0.05, longest_pause_s=0.1)
+        async with running_feed(publisher, exchange, plan):
+            await asyncio.to_thread(wait_for, lambda: exchange.refused >= 3)
+            exchange.refusing = False
+            await asyncio.to_thread(wait_for, lambda: len(stream.stamps(PAIRS[0])) >= 7)
+
+    exchange.refusing = True
+    asyncio.run(asyncio.wait_for(scene(), 2 * LIMIT_S))
+    check_one(stream)
 
 
 def test_a_restart_fills_what_was_missed_and_repeats_nothing(tmp_path, valkey, namespace, exchange, stream):

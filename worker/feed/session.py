@@ -71,7 +71,7 @@ class SymbolFeed:
             try:
                 await self.catch_up()
                 await (self._follow() if self.exchange.has.get("watchOHLCV") else self._poll())
-            except (ccxt.NetworkError, ccxt.ExchangeError, StoreUnavailableError, OSError) as error:
+            except (ccxt.BaseError, StoreUnavailableError, OSError) as error:  # BaseError: an OperationFailed too
                 await self._back_off(error)
 
     async def catch_up(self) -> int:
