@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from streams.keys import DEFAULT_NAMESPACE, Keys
-from streams.messages import AGENTS
+from streams.messages import AGENTS, CANARY
 
 _LEGAL = re.compile(r"[A-Za-z0-9._-]{1,249}")
 _SEED = 0x9747B28C
@@ -37,7 +37,7 @@ class Topics:
     namespace: str = DEFAULT_NAMESPACE
 
     def __post_init__(self) -> None:
-        topic_of(self.votes(max(AGENTS, key=len)))
+        topic_of(self.votes(max(AGENTS, key=len) + CANARY))
 
     @property
     def bars(self) -> str:
@@ -67,8 +67,8 @@ class Topics:
         return topic_of(Keys(self.namespace).control)
 
     def all(self, agents: Sequence[str] = AGENTS) -> tuple[str, ...]:
-        """Every topic that travels between programs, the votes of `agents` included."""
-        votes = tuple(self.votes(agent) for agent in agents)
+        """Every topic that travels between programs, the votes of `agents` and of their canaries included."""
+        votes = tuple(self.votes(agent + trial) for trial in ("", CANARY) for agent in agents)
         return (self.bars, self.features, *votes, self.signals, self.rejected, self.events, self.control)
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import orjson
 
-from streams.messages import AGENTS
+from agents.discovery import candidate_of
+from streams.messages import AGENTS, CANARY
 from tests.chaos.scene import TREES, until
 from tests.helpers import environment, wait_for
 from tests.kafka.cluster import read, write
@@ -22,6 +23,9 @@ from worker.control import Order
 from worker.errors import FENCED, UNAVAILABLE
 from worker.kafka import application
 from worker.kafka.orders import give
+from worker.ordering import order_for
+from worker.training.market import generate
+from worker.training.train import train_agents
 
 GroupOf = Callable[..., Group]
 
@@ -101,9 +105,10 @@ def test_an_entry_that_kills_the_worker_is_left_out_at_the_fourth_try(group: Gro
     assert_same(workers.said(), alone(models, bars, TREES))
 
 
-def test_what_is_no_bar_is_rejected_and_what_is_read_is_told(group: GroupOf, models: Path) -> None:
-    """Readiness, metrics and the sum of outcomes over all partitions."""
-    bars = market(10, 31)
+def test_what_is_no_bar_is_rejected_and_what_is_read_is_told(group: GroupOf, models: Path, tmp_path: Path) -> None:
+    """Readiness, metrics and the sum of outcomes over all partitions; orders, and the votes of a canary."""
+    made = market(10, 32)
+    bars, later = made[:310], made[310:]
     workers = group(models)
     workers.feed(bars)
     write(workers.cluster, workers.topics.bars, [(0, b"{"), (1, b'[{"symbol":"A"}]'), (2, b""), (3, b"\xff")])
@@ -129,6 +134,12 @@ def test_what_is_no_bar_is_rejected_and_what_is_read_is_told(group: GroupOf, mod
     ]
     assert ids == ", ".join(f"{partition}/0-1" for partition in range(PARTITIONS))
     wait_for(lambda: 'quartet_agent_state{agent="xgboost",state="muted"} 1.0' in page(url["url"]))
+    train_agents(generate(4, 600, 3, signal="planted").bars(), tmp_path / "next", agents=["lightgbm"], seed=9)
+    (file,) = (file for file in (tmp_path / "next").iterdir() if candidate_of(file, "lightgbm"))
+    _, answers = give(workers.cluster.url, workers.namespace, order_for("canary", "lightgbm", file, models), 120.0)
+    assert [one["kind"] for one in answers] == ["canary_started"] * PARTITIONS, answers
+    workers.feed(later)
+    until(lambda: workers.count(workers.topics.votes(f"lightgbm{CANARY}")) == len(later), life)
     assert life.terminate() == 0, life.text
 
 

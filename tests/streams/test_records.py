@@ -17,7 +17,9 @@ JSON_OBJECTS = st.dictionaries(st.text(), VALUES, max_size=4)
 
 
 def test_topics_are_the_keys_with_dots() -> None:
-    names = "bars features votes.xgboost votes.lightgbm votes.nhits votes.patchtst signals rejected events control"
+    votes = "votes.xgboost votes.lightgbm votes.nhits votes.patchtst"
+    canaries = "votes.xgboost_canary votes.lightgbm_canary votes.nhits_canary votes.patchtst_canary"
+    names = f"bars features {votes} {canaries} signals rejected events control"
     assert Topics().all() == tuple(f"quartet.{name}" for name in names.split())
     assert topic_of("team:a:votes:nhits") == "team.a.votes.nhits"
 

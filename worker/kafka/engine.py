@@ -27,6 +27,7 @@ from worker.kafka.ledger import Ledger, Record
 from worker.kafka.levels import Levels
 from worker.kafka.outgoing import Outgoing
 from worker.kafka.partition import Partition, Shared, explained, statuses
+from worker.kafka.sequence import Sequencer, Verdict
 from worker.kafka.shelf import SharedShelf
 from worker.kafka.store import Bounds, PartitionStore, offset_of
 from worker.kafka.topics import changelog_of, check_topics
@@ -68,10 +69,10 @@ class Engine:
         self._books: dict[int, dict[bytes, bytes]] = defaultdict(dict)
         self._logged_ends: dict[int, int] = {}
         self._bounds: dict[TP, Bounds] = {}
-        self._next: dict[TP, int] = {}
-        self._gaps: dict[TP, int] = {}
-        self._sought: set[TP] = set()
+        self._sequencer = Sequencer({})
         self._untouched: dict[TP, int] = {}
+        self._begun: set[int] = set()
+        self._is_assigned = False
         self._looked_at = 0.0
         self._ended = asyncio.Event()
         self._runs = False
@@ -224,6 +225,7 @@ class Engine:
     async def revoked(self) -> None:
         """Finish every batch before the group goes on; what comes back is read from the changelog again."""
         self._metrics.rebalances()
+        self._is_assigned = False
         self._recovering_since = time.monotonic()
         self.health.group = Condition(ok=False, detail="the group is rebalancing")
         await self._give_up()
@@ -239,6 +241,8 @@ class Engine:
         for number, partition in partitions.items():
             await asyncio.to_thread(partition.join)
             self._shared.levels.forget(number)
+            if not partition.accepts_gap:
+                self._begun.add(number)
         if partitions:
             await _at_most(self.app.consumer.commit())
             line = f"partitions given up: {_shown(partitions)}"
@@ -249,19 +253,22 @@ class Engine:
         tps = list(partitions)
         first, end = await self.app.consumer.earliest_offsets(*tps), await self.app.consumer.highwaters(*tps)
         self._bounds = {tp: Bounds(first[tp] or 0, end[tp] or 0) for tp in tps}
+        self._is_assigned = True
 
     async def recovered(self) -> None:
         """Start the worker of every partition that is ours now."""
         await self._give_up()
+        if not self._is_assigned:
+            return  # revoked while the changelogs were read: the next assignment is recovered too
         numbers = sorted(tp.partition for tp in self.app.consumer.assignment() if tp.topic == self._topics.bars)
-        self._next, self._gaps, self._sought = {}, {}, set()
+        self._sequencer = Sequencer({})
         try:
             self.partitions = {number: self._take_over(number) for number in numbers}
         except Exception as error:  # noqa: BLE001  a signal's errors are lost otherwise
             self._end(error)
             return
         self._books.clear()
-        self._untouched, self._looked_at = dict(self._next), time.monotonic()
+        self._untouched, self._looked_at = dict(self._sequencer.next), time.monotonic()
         self.health.own(statuses(self.partitions))
         self.health.group = Condition(ok=True)
         self._recovering_since = None
@@ -275,14 +282,14 @@ class Engine:
         bounds = {key: self._bounds[TP(topic, number)] for topic, key in self._keys.items()}
         try:
             ledger = Ledger.restore(self._books.pop(number, {}))
+            position = Position.decode(ledger.position)
         except StateCorruptError as error:
             raise explained(number, error, self.settings.namespace) from error
-        position = Position.decode(ledger.position)
         for topic, key in self._keys.items():
-            self._next[TP(topic, number)] = max(bounds[key].first, offset_of(position, key))
+            self._sequencer.next[TP(topic, number)] = max(bounds[key].first, offset_of(position, key))
         logged_end = self._logged_ends.get(number, self._bounds[TP(self._changelog, number)].end)
         store = PartitionStore(ledger, _Link(self, number), bounds, logged_end)
-        options = Options(now_ms=self.options.now_ms, accept_gap=self.options.accept_gap)
+        options = Options(now_ms=self.options.now_ms, accept_gap=self.options.accept_gap and number not in self._begun)
         return Partition(number, store, self._shared, options, self._fail)
 
     # ------------------------------------------------------------------ records
@@ -301,27 +308,16 @@ class Engine:
             await asyncio.sleep(PAUSE_S)
 
     async def _is_next(self, tp: TP, offset: int) -> bool:
-        """Whether a record is the one to go on with. What came already is left out; a gap is read again, once.
-
-        Faust drops what it has fetched when the group changes in that moment, and goes back only to what was
-        committed. A gap that stays is none: the markers of a producer's transactions take offsets too.
-        """
-        expected = self._next[tp]
-        if offset < expected or (offset > expected and offset != self._gaps.setdefault(tp, offset)):
-            return False
-        if offset > expected and tp not in self._sought:
-            self._sought.add(tp)
-            await self.app.consumer.seek(tp, expected)
-            return False
-        self._next[tp] = offset + 1
-        self._gaps.pop(tp, None)
-        self._sought.discard(tp)
-        return True
+        """Whether a record is the one to go on with; a gap is read again."""
+        verdict = self._sequencer.judge(tp, offset)
+        if verdict is Verdict.READ_AGAIN:
+            await self.app.consumer.seek(tp, self._sequencer.next[tp])
+        return verdict is Verdict.TAKE
 
     async def _go_back(self) -> None:
         """Where nothing has come since the partition was taken over, read from where its state ends."""
         for tp, expected in list(self._untouched.items()):
-            if self._next.get(tp) != expected:
+            if self._sequencer.next.get(tp) != expected:
                 self._untouched.pop(tp, None)
             elif (await self.app.consumer.position(tp) or 0) > expected:
                 await self.app.consumer.seek(tp, expected)

@@ -71,6 +71,11 @@ class Partition:
     def join(self) -> None:
         self._thread.join()
 
+    @property
+    def accepts_gap(self) -> bool:
+        """Whether input that is gone would be accepted: only where that was asked for, until the first read."""
+        return self._options.accept_gap
+
     def stalled_s(self) -> float:
         """For how long a write has been waiting for its answer; 0 while none does."""
         since = self.store.writing_since
