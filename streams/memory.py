@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from streams.keys import CHAIN
 from streams.messages import Entry
 from streams.store import (
     FIRST_ID,
     GONE,
     Batch,
     Commit,
+    Committed,
     Position,
     Snapshot,
     StoreMisuseError,
@@ -24,12 +26,16 @@ Fields = Mapping[bytes, bytes]
 
 @dataclass
 class MemoryStreams:
-    """Streams by key. `now_ms` is the clock that names entries; it moves only when it is set."""
+    """Streams by key. `now_ms` is the clock that names entries; it moves only when it is set.
+
+    `committed` says how far each stage over them is.
+    """
 
     now_ms: int = 0
     streams: dict[str, list[tuple[str, Fields]]] = field(default_factory=dict)
     added: dict[str, int] = field(default_factory=dict)
     last_ids: dict[str, str] = field(default_factory=dict)
+    committed: dict[str, Committed] = field(default_factory=dict)
 
     def add(self, key: str, fields: Fields, entry_id: str | None = None) -> str:
         """Append one entry; its ID, made from the clock unless given. Raises ValueError if it is not larger."""
@@ -81,8 +87,9 @@ def _first_after(stream: Sequence[tuple[str, Fields]], entry_id: str) -> int:
 class MemoryStore:
     """A `streams.store.Store` over `MemoryStreams`: one owner, nothing to fence, nothing to lose."""
 
-    def __init__(self, streams: MemoryStreams | None = None) -> None:
+    def __init__(self, streams: MemoryStreams | None = None, stage: str = CHAIN) -> None:
         self.streams = streams or MemoryStreams()
+        self.stage = stage
         self.was_clean = True
         self.position = Position()
         self.state: dict[str, dict[bytes, bytes]] = {}
@@ -104,7 +111,7 @@ class MemoryStore:
         entries = batch.entries if len(keys) == 1 else sorted(batch.entries, key=lambda entry: id_tuple(entry.id))
         return replace(batch, entries=entries[:count])
 
-    def read_each(self, position: Position, keys: Sequence[str], count: int) -> Batch:
+    def read_each(self, position: Position, keys: Sequence[str], count: int, stages: Sequence[str] = ()) -> Batch:
         entries: list[Entry] = []
         for key in keys:
             known = position.inputs.get(key)
@@ -113,7 +120,8 @@ class MemoryStore:
             rows = self.streams.after(key, known.id if known else FIRST_ID)[:count]
             entries += [Entry(key, entry_id, fields) for entry_id, fields in rows]
         facts = {key: self.streams.facts(key) for key in keys if key in self.streams.streams}
-        return Batch(entries, facts)
+        committed = {stage: self.streams.committed.get(stage, Committed()) for stage in stages}
+        return Batch(entries, facts, committed=committed)
 
     def wait(self, position: Position, keys: Sequence[str], timeout_s: float) -> bool:
         """Whether there is an entry after `position`; a memory stream never makes anybody wait."""
@@ -141,6 +149,8 @@ class MemoryStore:
         for part, fields in commit.state.items():
             self.state.setdefault(part, {}).update(fields)
         self.position = commit.position
+        before = self.streams.committed.get(self.stage, Committed())
+        self.streams.committed[self.stage] = Committed(before.commits + 1, commit.position)
         return True
 
     def _check_ids(self, commit: Commit) -> None:

@@ -41,6 +41,7 @@ from streams.store import (
     GONE,
     Batch,
     Commit,
+    Committed,
     FencedError,
     InputPosition,
     Position,
@@ -224,9 +225,9 @@ class RedisStore:
         (epoch, instance, stored), *state = _guarded(pipe.execute)
         self._check_owner(epoch, instance)
         self._committed = stored or b""
-        number, _, position = self._committed.partition(b" ")
-        self._commits = int(number or 0)
-        return Snapshot(Position.decode(position), dict(zip(parts, state, strict=True)))
+        committed = Committed.decode(self._committed)
+        self._commits = committed.commits
+        return Snapshot(committed.position, dict(zip(parts, state, strict=True)))
 
     def read(self, position: Position, keys: Sequence[str], count: int) -> Batch:
         """Entries after `position` by their IDs, at most `count`, and the facts of each stream, at one moment.
@@ -245,19 +246,23 @@ class RedisStore:
         numbered = sorted(((id_tuple(entry.id), entry) for entry in batch.entries), key=itemgetter(0))
         return replace(batch, entries=[entry for at, entry in numbered[:count] if upto is None or at <= upto])
 
-    def read_each(self, position: Position, keys: Sequence[str], count: int) -> Batch:
+    def read_each(self, position: Position, keys: Sequence[str], count: int, stages: Sequence[str] = ()) -> Batch:
         """At most `count` entries of each key after `position`, key by key, and the facts of each, at one moment.
 
+        At that moment too, how far other `stages` of the namespace are.
         Raises `InputLostError` where an input no longer holds what follows the position, but first what
         `commit` would raise: a server that went back in time has lost input too.
         """
         pipe = self.client.pipeline(transaction=True)
         pipe.hmget(self._keys[0], "epoch", "instance", "position")
         pipe.time()
+        for stage in stages:
+            pipe.hget(self.keys.owner(stage), "position")
         for key in keys:  # not decoded by the client: that takes twice as long, and there may be thousands
             pipe.execute_command("XINFO", "STREAM", key)  # type: ignore[no-untyped-call]
         pipe.xread({key: _after(position, key) for key in keys}, count=count)
-        (epoch, instance, stored), (seconds, micros), *infos, streams = _guarded(pipe.execute, raise_on_error=False)
+        (epoch, instance, stored), (seconds, micros), *told, streams = _guarded(pipe.execute, raise_on_error=False)
+        positions, infos = told[: len(stages)], told[len(stages) :]
         self._check_owner(epoch, instance)
         if self.epoch and (stored or b"") != self._committed:
             raise RewoundError(self._rewound(epoch, stored))
@@ -268,7 +273,8 @@ class RedisStore:
                 check_input(key, position.inputs[key], known.get(key, GONE))
         if isinstance(streams, Exception):
             raise _translated(streams)
-        return Batch(_entries(streams), known, seconds * 1000 + micros // 1000)
+        committed = {stage: Committed.decode(told or b"") for stage, told in zip(stages, positions, strict=True)}
+        return Batch(_entries(streams), known, seconds * 1000 + micros // 1000, committed)
 
     def wait(self, position: Position, keys: Sequence[str], timeout_s: float) -> bool:
         """Block until an entry follows `position`, at most `timeout_s` seconds."""

@@ -130,12 +130,30 @@ GONE = StreamFacts(0, 0, FIRST_ID)
 
 
 @dataclass(frozen=True)
+class Committed:
+    """How far a stage is: how many commits it made, and the position of the last one."""
+
+    commits: int = 0
+    position: Position = field(default_factory=Position)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Committed:
+        """Of what the commit script stores: the number of the commit, a blank, the position."""
+        number, _, position = data.partition(b" ")
+        return cls(int(number or 0), Position.decode(position))
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Entries read, in order, and the facts of each input at the same moment; `now_ms` by the server's clock."""
+    """Entries read, in order, and the facts of each input at the same moment; `now_ms` by the server's clock.
+
+    `committed` says how far the stages are that were asked for, at that moment too.
+    """
 
     entries: Sequence[Entry]
     facts: Mapping[str, StreamFacts]
     now_ms: int | None = field(default=None, compare=False)
+    committed: Mapping[str, Committed] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -185,8 +203,8 @@ class Store(Protocol):
 class JoiningStore(Store, Protocol):
     """A store that can read several streams side by side, as who joins them needs it."""
 
-    def read_each(self, position: Position, keys: Sequence[str], count: int) -> Batch:
-        """At most `count` entries of each key after `position`, key by key, all at one moment."""
+    def read_each(self, position: Position, keys: Sequence[str], count: int, stages: Sequence[str] = ()) -> Batch:
+        """At most `count` entries of each key after `position`, key by key, and how far `stages` are, at one moment."""
         ...
 
 

@@ -12,14 +12,14 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from streams.formats import FormatReader
-from streams.keys import Keys
+from streams.keys import Keys, agent_stage
 from streams.memory import MemoryStore, MemoryStreams
 from tests.helpers import wait_for
 from worker.assembly import limits_of, load_options, rules_of
 from worker.control import Order
 from worker.metrics import Metrics
 from worker.processes.agent import THRESHOLDS, AgentProcess, read_thresholds
-from worker.processes.base import Options, Process
+from worker.processes.base import WAIT_S, Options, Process
 from worker.processes.consensus import ConsensusProcess
 from worker.processes.features import FeatureProcess
 from worker.reload import Shelf
@@ -43,7 +43,8 @@ class StagesDesk:
         self.settings = Settings(**{**given, **settings})
         self.streams = MemoryStreams()
         self.now_s = 0.0
-        self.stores = {name: MemoryStore(self.streams) for name in ("features", *AGENTS, "consensus")}
+        stages = {"features": "features", **{agent: agent_stage(agent) for agent in AGENTS}, "consensus": "consensus"}
+        self.stores = {name: MemoryStore(self.streams, stage) for name, stage in stages.items()}
         self.registries: dict[str, CollectorRegistry] = {}
         self.stages: dict[str, Process] = {}
         self._bars = 0
@@ -150,9 +151,11 @@ class StagesDesk:
         self.turn(*names)
 
     def wait(self, seconds: float, *names: str) -> None:
-        """Let the clock run on, and `names` see it."""
-        self.now_s += seconds
-        self.turn(*names)
+        """Let the clock run on, and `names` see it as often as they look."""
+        until_s = self.now_s + seconds
+        while self.now_s < until_s:
+            self.now_s = min(self.now_s + WAIT_S, until_s)
+            self.turn(*names)
 
     def order(self, order: Order) -> list[dict[str, Any]]:
         """Give one order and turn; the events that answer it."""

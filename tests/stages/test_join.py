@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streams.store import Committed
 from worker.stages.join import Heard, Joined, Patience, join
 
 AGENTS = ("xgboost", "lightgbm")
@@ -115,17 +116,30 @@ def test_a_vote_on_a_later_vector_says_that_none_on_this_one_comes() -> None:
 
 @pytest.mark.parametrize("silent_s", [1.9, 2.0])
 def test_an_agent_is_late_after_the_deadline_without_a_commit(silent_s: float) -> None:
-    patience, waiting = Patience(2.0), frozenset({"nhits"})
-    assert not patience.overdue(10.0, waiting, {"nhits": "5-0"})
-    assert not patience.overdue(11.0, waiting, {"nhits": "6-0"}), "it has just committed"
-    assert patience.left_s(11.5) == 1.5
-    late = patience.overdue(11.0 + silent_s, waiting, {"nhits": "6-0"})
+    patience, waiting = Patience(2.0, 5.0), frozenset({"nhits"})
+    assert not patience.overdue(10.0, waiting, {"nhits": Committed(5)})
+    assert not patience.overdue(11.0, waiting, {"nhits": Committed(6)}), "it has just committed"
+    assert not patience.overdue(11.5, waiting, {"nhits": Committed(6)})
+    assert patience.left_s() == 1.5
+    late = patience.overdue(11.0 + silent_s, waiting, {"nhits": Committed(6)})
     assert late == (waiting if silent_s >= 2.0 else frozenset())
 
 
 def test_the_clock_of_an_agent_starts_when_a_vector_waits_for_it() -> None:
-    patience = Patience(2.0)
+    patience = Patience(2.0, 5.0)
     assert not patience.overdue(0.0, frozenset({"nhits"}), {})
     assert not patience.overdue(1.0, frozenset(), {}), "its vote came"
     assert not patience.overdue(2.5, frozenset({"nhits"}), {}), "another vector waits, since now"
     assert patience.overdue(4.5, frozenset({"nhits"}), {}) == {"nhits"}
+
+
+def test_only_time_that_was_watched_makes_an_agent_late() -> None:
+    patience, waiting = Patience(2.0, 0.5), frozenset({"nhits"})
+    assert not patience.overdue(0.0, waiting, {})
+    assert not patience.overdue(3600.0, waiting, {}), "the machine stood still: half a second of it was watched"
+    assert patience.left_s() == 1.5
+    looks = [patience.overdue(3600.0 + n * 0.5, waiting, {}) for n in (1, 2, 3)]
+    assert looks == [frozenset(), frozenset(), waiting]
+    patience.forget()
+    assert not patience.overdue(3602.0, waiting, {}), "after an outage everybody has the whole deadline again"
+    assert patience.left_s() == 2.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from streams.store import StoreUnavailableError
 from tests.stages.desk import KEYS, StagesDesk
 from tests.worker.orders import SECOND as NEWER
 from tests.worker.orders import Desk, market, model_file, train, trial
@@ -81,6 +82,74 @@ def test_who_is_absent_survives_a_restart_of_the_consensus(desk):
     assert last(desk)["reason"] == "deadline_missed"
     assert last(desk)["state"] == "active"
     assert len(desk.signals()) == len(desk.read(KEYS.votes("xgboost")))
+
+
+@pytest.fixture
+def slow(folder):
+    """Batches of eight: an agent needs many of them to catch up."""
+    made = StagesDesk(folder / "models", batch_size=8)
+    yield made
+    made.close()
+
+
+def test_an_agent_that_commits_vectors_without_votes_is_not_late(slow):
+    """58 vectors of warm-up are seven batches: the others wait ten seconds for its first vote, the deadline is two."""
+    slow.feed(BARS[:70], *REST)
+    for _ in range(7):
+        slow.stages["lightgbm"]._turn()
+        slow.wait(1.5, *REST)
+        assert not slow.signals()
+    slow.turn()
+    assert [s["votes"]["lightgbm"]["reason"] for s in slow.signals()] == [None] * 12
+
+
+def test_nobody_waits_while_an_agent_catches_up(slow):
+    slow.feed(BARS[:70])
+    slow.feed(BARS[70:110], *REST)
+    slow.wait(2.0, *REST)
+    slow.stages["lightgbm"]._turn()
+    assert len(slow.read(KEYS.votes("lightgbm"))) == 12 + 8, "it votes again"
+    slow.feed(BARS[110:112], *REST)
+    assert len(slow.signals()) == 112 - 58
+    assert last(slow)["reason"] == "deadline_missed"
+    slow.turn("lightgbm")
+    slow.feed(BARS[112:114], *REST)
+    assert len(slow.signals()) == 112 - 58, "it is back, and waited for"
+    slow.turn()
+    assert last(slow)["reason"] is None
+
+
+def test_an_agent_whose_votes_lie_unread_is_not_late(slow):
+    """A consensus that reads eight votes every half second has 40 to pass over before the one that it waits for."""
+    slow.feed(BARS[:70])
+    slow.feed(BARS[70:110], *REST)
+    slow.wait(2.0, *REST)
+    slow.feed(BARS[110:111], "features", "lightgbm", "xgboost")
+    for _ in range(8):
+        slow.now_s += 0.5
+        slow.stages["consensus"]._turn()
+    assert len(slow.signals()) == 111 - 58
+    assert last(slow)["reason"] is None
+
+
+def test_after_an_outage_everybody_has_the_whole_deadline_again(desk, monkeypatch):
+    desk.feed(BARS[:80])
+    desk.feed(BARS[80:82], *REST)
+    desk.wait(1.75, *REST)
+    store, away = desk.stores["consensus"], [StoreUnavailableError("away")]
+    read_each = store.read_each
+
+    def unsteady(*given):
+        if away:
+            raise away.pop()
+        return read_each(*given)
+
+    monkeypatch.setattr(store, "read_each", unsteady)
+    desk.wait(1.75, *REST)
+    assert not away
+    assert len(desk.signals()) == 80 - 58
+    desk.wait(0.5, *REST)
+    assert last(desk)["reason"] == "deadline_missed"
 
 
 def test_an_agent_that_never_voted_is_not_loaded(desk):

@@ -42,7 +42,7 @@ class Deadly(MemoryStore):
 
 
 def after_deaths(desk: StagesDesk, name: str, entry_id: str) -> None:
-    store, old = Deadly(desk.streams), desk.stores[name]
+    store, old = Deadly(desk.streams, desk.stores[name].stage), desk.stores[name]
     store.position, store.state, store.was_clean, store.deadly = old.position, old.state, False, entry_id
     desk.stores[name] = store
     desk.start(name)

@@ -17,6 +17,7 @@ from streams.messages import Entry
 from streams.redis import RedisStore, check_server, connect, with_baseline
 from streams.store import (
     Commit,
+    Committed,
     FencedError,
     InputPosition,
     Output,
@@ -72,6 +73,17 @@ def everything(url: str, namespace: str) -> dict[bytes, object]:
             elif kind == b"hash":
                 found[key] = client.hgetall(key)
         return found
+
+
+def test_a_read_says_how_far_other_stages_are(server, namespace):
+    store = store_of(server, namespace)
+    reader = RedisStore(connect(server, timeout_s=LIMIT_S), Keys(namespace), "consensus")
+    assert reader.acquire()
+    for number in (1, 2):
+        store.commit(batch(namespace, number))
+    read = reader.read_each(Position(), [Keys(namespace).signals], 9, ["chain", "agent:nhits"])
+    assert read.committed == {"chain": Committed(2, position_at(2)), "agent:nhits": Committed()}
+    assert [entry.id for entry in read.entries] == ["1-0", "1-1", "2-0", "2-1"]
 
 
 def test_a_commit_writes_streams_state_and_position_and_a_load_reads_them_back(server, namespace):
@@ -242,8 +254,8 @@ def test_owning_and_marking_bear_a_lost_reply(server, namespace, fault):
 class Counting(RedisStore):
     """Notes how many entries each look brought, used or not."""
 
-    def read_each(self, position, keys, count):
-        batch = super().read_each(position, keys, count)
+    def read_each(self, position, keys, count, stages=()):
+        batch = super().read_each(position, keys, count, stages)
         self.brought = [*getattr(self, "brought", []), len(batch.entries)]
         return batch
 

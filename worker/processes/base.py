@@ -36,6 +36,8 @@ from worker.status import Status
 WAIT_S = 0.25
 STANDBY_POLL_S = 0.2
 LONGEST_BACKOFF_S = 2.0
+BACKOFF_SHARE = 0.25
+"""Of the deadline of agents: after an outage no stage comes back so late that it is called absent for it."""
 LAST_TRIES_S = 1.0
 """How long a process that is told to stop goes on trying to reach the server."""
 LAST_PAUSE_S = 0.1
@@ -126,6 +128,9 @@ class Process(ABC):
 
     def _close(self) -> None:  # noqa: B027  nothing unless a stage has something
         """End what was begun, whatever happened."""
+
+    def _reconnected(self) -> None:  # noqa: B027
+        """The server answers again after an outage."""
 
     def _tell_levels(self) -> None:  # noqa: B027
         """Every couple of seconds: metrics over sliding windows."""
@@ -282,6 +287,7 @@ class Process(ABC):
     def _reaching(self, call: Callable[[], Any], *, committing: bool = False) -> Any:
         """Call until the server answers; a worker that is told to stop gives up soon, though not at one lost reply."""
         pause_s, give_up_at = 0.05, None
+        longest_s = min(LONGEST_BACKOFF_S, BACKOFF_SHARE * self.settings.deadline_s)
         while True:
             self._beat()
             try:
@@ -294,7 +300,7 @@ class Process(ABC):
                     if now >= give_up_at:
                         raise
                     time.sleep(LAST_PAUSE_S)
-                pause_s = min(2 * pause_s, LONGEST_BACKOFF_S)
+                pause_s = min(2 * pause_s, longest_s)
             except FencedError:
                 if committing:
                     self.sensors.metrics.commits("fenced")
@@ -303,6 +309,7 @@ class Process(ABC):
                 if not self.status.server.ok:
                     self.log.info("connected to the server")
                     self.status.server = Condition(ok=True)
+                    self._reconnected()
                 return value
 
     def _note_outage(self, error: StoreUnavailableError, *, committing: bool) -> None:

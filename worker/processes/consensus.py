@@ -42,6 +42,8 @@ from worker.stages.lateness import Lateness
 
 PARTS = ("series", *consensus.PARTS, *lateness.PARTS)
 THRESHOLDS_EVERY_S = 2.0
+LONGEST_LOOK_S = 2 * WAIT_S
+"""What counts at most of the time between two looks at the votes: this process or its machine may have stood still."""
 
 
 class ConsensusProcess(JoinsVotes):
@@ -63,7 +65,7 @@ class ConsensusProcess(JoinsVotes):
         self.stage = make()
         self.lateness = Lateness(settings.agents, settings.quality)
         self.book = SeriesBook()
-        self.patience = Patience(settings.deadline_s)
+        self.patience = Patience(settings.deadline_s, LONGEST_LOOK_S)
         self._thresholds: Mapping[str, float] = {}
         self._asked_at: float | None = None
         self._orders_at = 0.0
@@ -89,7 +91,7 @@ class ConsensusProcess(JoinsVotes):
         elif joined.waiting or read.vectors:
             self._idle_since = None
             keys = [self.keys.votes(agent) for agent in joined.waiting]
-            self._wait(keys, max(0.001, min(WAIT_S, self.patience.left_s(self._clock()))))
+            self._wait(keys, max(0.001, min(WAIT_S, self.patience.left_s())))
         else:
             self._idle_since = self._idle_since or time.monotonic()
             votes = [self.keys.votes(agent) for agent in self.settings.agents]
@@ -217,7 +219,7 @@ class ConsensusProcess(JoinsVotes):
         self.stage = self._make()
         self.lateness = Lateness(self.settings.agents, self.settings.quality)
         self.book = SeriesBook()
-        self.patience = Patience(self.settings.deadline_s)
+        self.patience.forget()
         self._decoded.clear()
         self.position = snapshot.position
         anew = self.options.rebuild
@@ -272,8 +274,8 @@ class ConsensusProcess(JoinsVotes):
         if agent not in self.lateness.absent:
             return ""
         return (
-            f"no vote within {self.settings.deadline_s:g} s while a vector waited for it: see whether "
-            f"`quartet run --stage agent:{agent}` runs"
+            f"no commit within {self.settings.deadline_s:g} s while a vector waited for it: see whether "
+            f"`quartet run --stage agent:{agent}` runs, or still catches up"
         )
 
     def _tell_levels(self) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from streams.keys import agent_stage
 from streams.messages import CANARY, Entry, Event, Reason
 from streams.redis import with_baseline
-from streams.store import FIRST_ID, Batch, InputLostError, JoiningStore
+from streams.store import FIRST_ID, Batch, Committed, InputLostError, JoiningStore
 from worker.decoding import SeriesBook, read_message, read_vote
 from worker.processes.base import MarkingStore, Process
 from worker.stages.join import Heard, Joined, Patience, join
@@ -21,12 +22,12 @@ class ConsensusStore(MarkingStore, JoiningStore, Protocol):
 
 @dataclass
 class Read:
-    """One atomic read: the vectors in order, and every agent's and canary's votes."""
+    """One atomic read: the vectors in order, every agent's and canary's votes, and how far each agent is."""
 
     vectors: list[Entry]
     votes: dict[str, list[Entry]]
     heard: Mapping[str, Heard]
-    last_ids: Mapping[str, str]
+    committed: Mapping[str, Committed]
 
 
 class JoinsVotes(Process):
@@ -50,9 +51,12 @@ class JoinsVotes(Process):
     def _read(self) -> Read:
         most, voters = self._most, self._voters()
         keys = [self.keys.features, *voters.values()]
+        stages = {agent: agent_stage(agent) for agent in self.settings.agents}
         with self.sensors.stopwatch("read"):
             try:
-                batch: Batch = self._reaching(lambda: self.store.read_each(self.position, keys, most))
+                batch: Batch = self._reaching(
+                    lambda: self.store.read_each(self.position, keys, most, [*stages.values()])
+                )
             except InputLostError as error:
                 self._accept_loss(error)
                 batch = Batch((), {})
@@ -69,8 +73,8 @@ class JoinsVotes(Process):
             for name, found in votes.items()
             if found or not name.endswith(CANARY)
         }
-        last_ids = {name: batch.facts[key].last_id for name, key in voters.items() if key in batch.facts}
-        return Read(by_key[self.keys.features], votes, heard, last_ids)
+        committed = {agent: batch.committed.get(stage, Committed()) for agent, stage in stages.items()}
+        return Read(by_key[self.keys.features], votes, heard, committed)
 
     def _accept_loss(self, error: InputLostError) -> None:
         """Go on behind vectors or votes that are gone, if that was asked for; else stop."""
@@ -90,18 +94,28 @@ class JoinsVotes(Process):
         return known.id if known else FIRST_ID
 
     def _join(self, read: Read) -> Joined:
-        """How far the vectors can be decided; an agent that is overdue is absent from here until it votes again."""
-        came = {agent for agent in self.settings.agents if read.heard[agent].ids}
-        self.lateness.absent -= came
+        """How far the vectors can be decided; an agent that is overdue is absent from here until it is back."""
+        self.lateness.absent -= {agent for agent in self.lateness.absent if self._is_back(agent, read)}
         vectors = [(entry.id, bool(self._decode(entry)["ready"])) for entry in read.vectors]
         joined = join(vectors, read.heard, self.lateness.absent)
-        overdue = self.patience.overdue(self._clock(), joined.waiting, read.last_ids)
+        silent = frozenset(agent for agent in joined.waiting if not read.heard[agent].more)
+        overdue = self.patience.overdue(self._clock(), silent, read.committed)
         if overdue:
             self.lateness.absent |= overdue
             for agent in sorted(overdue):
                 self.log.warning("agent is absent", agent=agent, reason=str(Reason.DEADLINE_MISSED))
             joined = join(vectors, read.heard, self.lateness.absent)
         return self._of_one_weight(read, joined)
+
+    def _is_back(self, agent: str, read: Read) -> bool:
+        """Whether an absent agent votes again, at most a batch behind what was decided: nobody waits for a catch-up."""
+        at, decided = (p.inputs.get(self.keys.features) for p in (read.committed[agent].position, self.position))
+        if not read.heard[agent].ids or at is None or decided is None:
+            return False
+        return decided.consumed - at.consumed <= self.settings.batch_size
+
+    def _reconnected(self) -> None:
+        self.patience.forget()
 
     def _decode(self, entry: Entry) -> Mapping[str, Any]:
         known = self._decoded.get((entry.key, entry.id))

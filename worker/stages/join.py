@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from streams.messages import CANARY
-from streams.store import id_tuple
+from streams.store import Committed, id_tuple
 
 Id = tuple[int, int]
 
@@ -71,19 +71,34 @@ def _is_unread(canary: Heard | None, entry_id: str) -> bool:
 
 
 class Patience:
-    """Who is overdue: an agent that committed nothing for `deadline_s` while a vector waited for it."""
+    """Who is overdue: an agent that committed nothing for `deadline_s` while a vector waited for it.
 
-    def __init__(self, deadline_s: float) -> None:
+    Only time that was watched counts: of what passes between two looks no more than `longest_s`, so that a machine
+    that was paused has made nobody late.
+    """
+
+    def __init__(self, deadline_s: float, longest_s: float) -> None:
         self.deadline_s = deadline_s
-        self._since: dict[str, tuple[float, str]] = {}
+        self.longest_s = longest_s
+        self._looked_s: float | None = None
+        self._waited: dict[str, tuple[float, Committed | None]] = {}
 
-    def overdue(self, now_s: float, waiting: frozenset[str], last_ids: Mapping[str, str]) -> frozenset[str]:
-        """Those of `waiting` that are late at `now_s`. `last_ids` are the ends of their streams."""
-        kept = {agent: self._since[agent] for agent in waiting if agent in self._since}
-        fresh = {agent: (now_s, last_ids.get(agent, "")) for agent in waiting}
-        self._since = {a: kept[a] if a in kept and kept[a][1] == new[1] else new for a, new in fresh.items()}
-        return frozenset(agent for agent, (since, _) in self._since.items() if now_s - since >= self.deadline_s)
+    def overdue(self, now_s: float, waiting: frozenset[str], committed: Mapping[str, Committed]) -> frozenset[str]:
+        """Those of `waiting` that are late at `now_s`. `committed` says how far each agent is: any change is life."""
+        passed_s = 0.0 if self._looked_s is None else min(now_s - self._looked_s, self.longest_s)
+        self._looked_s = now_s
+        before, self._waited = self._waited, {}
+        for agent in waiting:
+            waited_s, known = before.get(agent, (0.0, None))
+            now = committed.get(agent)
+            alive = agent not in before or known != now
+            self._waited[agent] = (0.0 if alive else waited_s + passed_s, now)
+        return frozenset(agent for agent, (waited_s, _) in self._waited.items() if waited_s >= self.deadline_s)
 
-    def left_s(self, now_s: float) -> float:
-        """Seconds until the first of those waited for is late; the whole deadline where nobody is."""
-        return min((since + self.deadline_s - now_s for since, _ in self._since.values()), default=self.deadline_s)
+    def forget(self) -> None:
+        """Begin to wait anew: nothing was seen for a while."""
+        self._looked_s, self._waited = None, {}
+
+    def left_s(self) -> float:
+        """Seconds from the last look until the first of those waited for is late; else the whole deadline."""
+        return self.deadline_s - max((waited_s for waited_s, _ in self._waited.values()), default=0.0)
