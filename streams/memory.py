@@ -133,6 +133,9 @@ class MemoryStore:
         del entry
         return 1
 
+    def unmark(self) -> None:
+        """As there is no mark."""
+
     def lengths(self, keys: Sequence[str]) -> dict[str, int]:
         return {key: len(self.streams.streams.get(key, ())) for key in keys}
 

@@ -100,6 +100,12 @@ redis.call('HSET', KEYS[1], 'marked', ARGV[2], 'marked_by', ARGV[3], 'marks', ma
 return marks
 """
 
+_UNMARK = """
+local owner = redis.call('HMGET', KEYS[1], 'epoch', 'instance')
+if owner[1] == ARGV[1] and owner[2] == ARGV[2] then redis.call('HDEL', KEYS[1], 'marked', 'marked_by', 'marks') end
+return 1
+"""
+
 
 def connect(url: str, *, timeout_s: float = 5.0) -> redis.Redis:
     """A client that never retries by itself: a write that is run twice would be worse than an error."""
@@ -215,6 +221,10 @@ class RedisStore:
         if count < 0:
             raise FencedError(self._fenced("another epoch"))
         return count
+
+    def unmark(self) -> None:
+        """Take the mark back: the entry is not processed yet, so a death has another reason."""
+        _guarded(self.client.eval, _UNMARK, 1, self._keys[0], str(self.epoch), self.instance)
 
     def load(self, parts: Sequence[str]) -> Snapshot:
         """Position and state in one transaction. Raises `FencedError` or `RewoundError` where this is not the owner."""

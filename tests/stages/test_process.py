@@ -9,7 +9,7 @@ import pytest
 from streams.codec import StateCorruptError
 from streams.contracts import FEATURE_SETS
 from streams.memory import MemoryStore
-from streams.store import InputLostError
+from streams.store import InputLostError, StoreMisuseError
 from tests.stages.desk import KEYS, StagesDesk
 from tests.worker import small
 from tests.worker.orders import FIRST, SECOND, market, put, train
@@ -37,8 +37,15 @@ class Deadly(MemoryStore):
 
     deadly = ""
 
+    deaths = 3
+    marked = ""
+
     def mark(self, entry):
-        return 4 if entry.id == self.deadly else 1
+        self.marked = entry.id
+        return 1 + self.deaths if entry.id == self.deadly else 1
+
+    def unmark(self):
+        self.marked = ""
 
 
 def after_deaths(desk: StagesDesk, name: str, entry_id: str) -> None:
@@ -63,6 +70,39 @@ def test_a_vector_that_ends_the_process_three_times_is_left_out(desk, name):
     assert (b'"insufficient_history"' in votes[deadly][b"data"]) == (name == "xgboost")
     assert (deadly in signals) == (name == "xgboost")
     assert len(signals) == 100 - 2 * 29 - (name == "consensus")
+
+
+def test_a_vector_that_kills_while_it_is_decoded_is_marked_before_and_left_out(desk):
+    """Here it is one that cannot be decoded at all."""
+    desk.feed(BARS[:90])
+    deadly = "1750000000090-0"
+    desk.feed(BARS[90:100], "features", "xgboost", "lightgbm")
+    good = desk.streams.streams[KEYS.features]
+    bad = [(i, {b"data": b"{"} if i == deadly else fields) for i, fields in good]
+    desk.streams.streams[KEYS.features] = bad
+    after_deaths(desk, "consensus", deadly)
+    store = desk.stores["consensus"]
+    store.deaths = 2
+    with pytest.raises(StoreMisuseError, match="no feature vector"):
+        desk.turn("consensus")
+    assert store.marked == deadly
+    store.deaths = 3
+    desk.turn("consensus")
+    signals = dict(desk.streams.after(KEYS.signals, "0-0"))
+    assert deadly not in signals
+    assert len(signals) == 100 - 58 - 1
+
+
+def test_a_consensus_that_waits_for_a_vote_has_marked_nothing(desk):
+    """What ends it there is not the vector."""
+    desk.feed(BARS[:90])
+    desk.feed(BARS[90:92], "features", "xgboost")
+    after_deaths(desk, "consensus", "")
+    desk.turn("consensus")
+    assert len(desk.signals()) == 90 - 58
+    assert desk.stores["consensus"].marked == ""
+    desk.turn()
+    assert desk.stores["consensus"].marked == "1750000000091-0"
 
 
 def test_vectors_that_are_gone_stop_an_agent_until_that_is_accepted(desk):

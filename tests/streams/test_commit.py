@@ -303,6 +303,20 @@ def test_marks_count_the_lives_that_ended_on_one_entry(server, namespace):
     assert store_of(server, namespace).mark(Entry("in", "1-1", {})) == 1
 
 
+def test_a_mark_that_was_taken_back_is_not_counted_and_only_the_owner_takes_it_back(server, namespace):
+    entry = Entry("in", "1-0", {})
+    fenced = store_of(server, namespace)
+    assert fenced.mark(entry) == 1
+    fenced.release()
+    now = store_of(server, namespace)
+    assert now.mark(entry) == 2
+    fenced.unmark()
+    assert now.mark(entry) == 2
+    now.unmark()
+    now.release()
+    assert store_of(server, namespace).mark(entry) == 1
+
+
 @pytest.mark.parametrize(
     "spoilt", ["signals", "features", "events", "rejected", "state"], ids=lambda name: f"{name} is a text"
 )

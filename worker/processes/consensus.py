@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -81,13 +80,17 @@ class ConsensusProcess(JoinsVotes):
     def _step(self) -> None:
         orders = self._orders()
         read = self._read()
-        joined = self._join(read)
+        # The mark comes before the first look into an entry: what kills may do so while it is decoded.
+        poison = self._approach(read.vectors) if read.vectors else frozenset()
+        joined = Joined(1) if poison else self._join(read)
+        if self._cautious and read.vectors and not joined.taken:
+            self._reaching(self.store.unmark)
         taken = read.vectors[: joined.taken]
         upto = taken[-1].id if taken else self._decided
         heard = [entry for found in read.votes.values() for entry in found if id_tuple(entry.id) <= id_tuple(upto)]
         if taken or heard or orders:
             self._idle_since = None
-            self._process(read, joined, heard, orders)
+            self._process(read, joined, heard, orders, poison)
         elif joined.waiting or read.vectors:
             self._idle_since = None
             keys = [self.keys.votes(agent) for agent in joined.waiting]
@@ -97,13 +100,14 @@ class ConsensusProcess(JoinsVotes):
             votes = [self.keys.votes(agent) for agent in self.settings.agents]
             self._wait([self.keys.features, *votes, self.keys.control], WAIT_S)
 
-    def _process(self, read: Read, joined: Joined, heard: Sequence[Entry], orders: Steered) -> None:
+    def _process(
+        self, read: Read, joined: Joined, heard: Sequence[Entry], orders: Steered, poison: frozenset[tuple[str, str]]
+    ) -> None:
         taken = read.vectors[: joined.taken]
-        poison = self._approach(taken) if taken else frozenset()
-        messages = [self._decode(entry) for entry in taken]
-        vectors = read_vectors(taken, self.book, left_out=poison, messages=messages)
+        known = [] if poison else taken
+        vectors = read_vectors(known, self.book, messages=[self._decode(entry) for entry in known])
         if poison:
-            vectors = replace(vectors, index=vectors.index[:0])
+            self.book.rewarm_all()  # nobody may look into it for the series that it is of
         with self.sensors.stopwatch("consensus"):
             result, events = self._decide(vectors, read, joined)
         decided = {entry.id for entry in taken}

@@ -19,6 +19,10 @@ from worker.stages.lateness import Lateness
 class ConsensusStore(MarkingStore, JoiningStore, Protocol):
     """What this process needs of a store."""
 
+    def unmark(self) -> None:
+        """Take the mark back: the entry it is about was not processed after all."""
+        ...
+
 
 @dataclass
 class Read:
