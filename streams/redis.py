@@ -102,7 +102,7 @@ return marks
 
 _UNMARK = """
 local owner = redis.call('HMGET', KEYS[1], 'epoch', 'instance')
-if owner[1] == ARGV[1] and owner[2] == ARGV[2] then redis.call('HDEL', KEYS[1], 'marked', 'marked_by', 'marks') end
+if owner[1] == ARGV[1] and owner[2] == ARGV[2] then redis.call('HSET', KEYS[1], 'marked', '') end
 return 1
 """
 
@@ -267,7 +267,7 @@ class RedisStore:
         pipe.hmget(self._keys[0], "epoch", "instance", "position")
         pipe.time()
         for stage in stages:
-            pipe.hget(self.keys.owner(stage), "position")
+            pipe.hmget(self.keys.owner(stage), "position")
         for key in keys:  # not decoded by the client: that takes twice as long, and there may be thousands
             pipe.execute_command("XINFO", "STREAM", key)  # type: ignore[no-untyped-call]
         pipe.xread({key: _after(position, key) for key in keys}, count=count)
@@ -283,7 +283,7 @@ class RedisStore:
                 check_input(key, position.inputs[key], known.get(key, GONE))
         if isinstance(streams, Exception):
             raise _translated(streams)
-        committed = {stage: Committed.decode(told or b"") for stage, told in zip(stages, positions, strict=True)}
+        committed = {stage: Committed.decode(said or b"") for stage, (said,) in zip(stages, positions, strict=True)}
         return Batch(_entries(streams), known, seconds * 1000 + micros // 1000, committed)
 
     def wait(self, position: Position, keys: Sequence[str], timeout_s: float) -> bool:
