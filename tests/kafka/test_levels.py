@@ -190,7 +190,7 @@ def test_a_record_that_was_skipped_is_read_again_and_a_gap_that_stays_is_none() 
     async def taken(offsets: list[int]) -> list[int]:
         engine = Engine(Settings(broker="kafka://127.0.0.1:9"), "127.0.0.1:9", Options(), make_logger("info"))
         engine.app._consumer = Consumer()
-        engine._next[tp] = 3
+        engine._sequencer.next[tp] = 3
         return [offset for offset in offsets if await engine._is_next(tp, offset)]
 
     tp = TP("quartet.bars", 0)
