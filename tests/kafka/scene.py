@@ -17,7 +17,7 @@ from tests.chaos.scene import Forge, Life
 from tests.chaos.scene import market as entries
 from tests.helpers import LIMIT_S, wait_for
 from tests.kafka.cluster import TIMEOUT_S, Cluster, by_bar_id, produce, read
-from worker.errors import UNAVAILABLE
+from worker.errors import FENCED, UNAVAILABLE
 from worker.kafka.topics import changelog_of
 from worker.testing import in_memory
 
@@ -114,7 +114,7 @@ class Group:
         def holds() -> bool:
             for place, life in enumerate(lives):
                 if not life.alive():
-                    assert life.wait() == UNAVAILABLE, life.text
+                    assert life.wait() in (UNAVAILABLE, FENCED), life.text
                     lives[place] = self.start(**env)
             return condition()
 
@@ -125,7 +125,7 @@ class Group:
         for _ in range(3):
             life = self.start("--until-idle", "0.5", **env)
             code = life.wait()
-            if code != UNAVAILABLE:  # see `keep`
+            if code not in (UNAVAILABLE, FENCED):  # see `keep`
                 break
         assert code == 0, life.text
         return life.text

@@ -7,16 +7,20 @@ import threading
 from collections.abc import Mapping
 
 import pytest
+from aiokafka.errors import MessageSizeTooLargeError, NotEnoughReplicasError, TopicAuthorizationFailedError
+from faust.exceptions import ProducerSendError
 from faust.types import TP
 from prometheus_client import CollectorRegistry
 
 from streams.messages import AgentState
+from streams.store import FencedError
 from tests.helpers import wait_for
-from worker.errors import Unavailable, UsageError
+from worker.errors import CheckFailed, Unavailable, UsageError
 from worker.http import Condition
 from worker.kafka.engine import Engine
 from worker.kafka.health import Health
 from worker.kafka.levels import WORST_FIRST, Levels, worst
+from worker.kafka.refusals import accepted
 from worker.kafka.serving import serve
 from worker.kafka.watchdog import Watchdog
 from worker.logs import make_logger
@@ -153,6 +157,44 @@ def test_the_watchdog_ends_what_stands_still_and_says_what_it_is(capsys: pytest.
     wait_for(ended.is_set)
     assert codes == [3]
     assert "recovery has stood still for 61 s, the limit is 60 s" in capsys.readouterr().err
+
+
+def test_the_watchdog_ends_a_process_that_was_frozen_as_fenced_off(capsys: pytest.CaptureFixture[str]) -> None:
+    """It may be the first thread that runs again, and everything looks stalled by then."""
+    codes: list[int] = []
+    ended = threading.Event()
+
+    def stalled_s() -> tuple[str, float]:
+        raise FencedError("this process stood still for 100 s")
+
+    def end(code: int) -> None:
+        codes.append(code)
+        ended.set()
+
+    Watchdog(stalled_s, make_logger("info"), every_s=0.001, end=end).start()
+    wait_for(ended.is_set)
+    assert codes == [75]
+    assert "stood still for 100 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (MessageSizeTooLargeError("1048577 bytes"), "max.message.bytes of the topic"),
+        (TopicAuthorizationFailedError("denied"), "allow this worker to write to it"),
+    ],
+)
+def test_what_the_broker_refuses_for_good_is_not_tried_again(error: Exception, remedy: str) -> None:
+    """As aiokafka raises it, and as Faust wraps it; what passes by itself stays what it was."""
+
+    async def write(error: Exception, cause: Exception | None = None) -> None:
+        raise error from cause
+
+    for call in (lambda: write(error), lambda: write(ProducerSendError("while sending"), error)):
+        with pytest.raises(CheckFailed, match=f"refuses a record for topic quartet.features .*{remedy}"):
+            asyncio.run(accepted("quartet.features", call()))
+    with pytest.raises(NotEnoughReplicasError):
+        asyncio.run(accepted("quartet.features", write(NotEnoughReplicasError())))
 
 
 @pytest.mark.parametrize("broker", ["redis://localhost:6379", "kafka://localhost", "kafka://:9092", "localhost:9092"])

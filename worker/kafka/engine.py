@@ -21,12 +21,13 @@ from streams.store import FencedError, Position, StoreUnavailableError
 from streams.topics import Topics
 from worker.assembly import load_agents, load_options, use_one_thread_a_model
 from worker.http import Condition, HttpServer, Probes
-from worker.kafka.application import SESSION_S, Application, make_app
+from worker.kafka.application import HEARTBEAT_S, SESSION_S, Application, make_app
 from worker.kafka.health import Health
 from worker.kafka.ledger import Ledger, Record
 from worker.kafka.levels import Levels
 from worker.kafka.outgoing import Outgoing
 from worker.kafka.partition import Partition, Shared, explained, statuses
+from worker.kafka.refusals import accepted
 from worker.kafka.sequence import Sequencer, Verdict
 from worker.kafka.shelf import SharedShelf
 from worker.kafka.store import Bounds, PartitionStore, offset_of
@@ -38,10 +39,13 @@ from worker.processes.base import Options
 from worker.settings import Settings
 
 TICK_S = 0.1
+FROZEN_S = SESSION_S - HEARTBEAT_S
+"""A process that stood still for so long may be out of the group: its last heartbeat may be one interval older."""
 MOST_WAITING = 4096
 """Entries of one partition that wait for its worker; the stream is read on below that."""
 PAUSE_S = 0.005
 LOOK_AGAIN_S = 1.0
+ANSWER_S = 10.0
 CLOSING_S = 10.0
 
 
@@ -94,6 +98,8 @@ class Engine:
         )
         self._http: HttpServer | None = None
         self._ticker: asyncio.Task[None] | None = None
+        self._looker: asyncio.Task[None] | None = None
+        self._joins = False
 
     # ------------------------------------------------------------------ the process
 
@@ -121,7 +127,7 @@ class Engine:
 
     async def prepare(self) -> None:
         """Topics, models and the port, before this process asks for partitions."""
-        self._ticker = asyncio.ensure_future(self._tick())
+        self._ticker, self._looker = asyncio.ensure_future(self._tick()), asyncio.ensure_future(self._look())
         (self.settings.state_dir / "kafka").mkdir(
             parents=True, exist_ok=True
         )  # Faust keeps a folder, and only makes that
@@ -132,14 +138,19 @@ class Engine:
         self.log.info("metrics and health", url=self._http.url)
         use_one_thread_a_model()
         await asyncio.to_thread(load_agents, self.settings, {}, self._shared.shelf, self.log)
-        self._ticked = time.monotonic()
-        self._recovering_since = time.monotonic()
+        self._ticked = self._recovering_since = time.monotonic()
+        self._joins = True
         self._watchdog.start()
 
     async def close(self) -> None:
         """Let every partition finish its batch, and tell the group how far they are."""
         self._notifier.stopping()
+        self._ended.set()
+        if self._looker is not None:
+            self._looker.cancel()
         await self._give_up()
+        if not self._runs:
+            self._shut()
 
     def _shut(self) -> None:
         self._watchdog.stop()
@@ -160,12 +171,10 @@ class Engine:
         self._ended.set()
 
     async def _tick(self) -> None:
-        """The loop turns: notice a freeze, a stop, silence."""
+        """The loop turns: notice a freeze, a stop, a crash. Waits for nobody: what ticks is what is alive."""
         while True:
-            now = time.monotonic()
-            if now - self._ticked > SESSION_S:
-                self._fence(now - self._ticked)
-            self._ticked = now
+            self._note_freeze()
+            self._ticked = time.monotonic()
             self.health.beat()
             self._notifier.alive()
             if self.options.stop.is_set() and not self._ended.is_set():
@@ -175,13 +184,24 @@ class Engine:
                 self.options.reload.clear()
                 for partition in self.partitions.values():
                     partition.reload()
-            if await self._is_idle():
-                self._ended.set()
-            if self._untouched and self._recovering_since is None and now - self._looked_at > LOOK_AGAIN_S:
-                self._looked_at = now
-                await self._go_back()
             if self.app.crash_reason is not None:
                 self._end(self.app.crash_reason)
+            await asyncio.sleep(TICK_S)
+
+    async def _look(self) -> None:
+        """Ask the broker what only it knows: whether all is read, and whether Faust passed something over."""
+        while not self._ended.is_set():
+            try:
+                async with asyncio.timeout(ANSWER_S):
+                    if await self._is_idle():
+                        self._ended.set()
+                    if self._untouched and self._recovering_since is None:
+                        await self._go_back()
+            except (KafkaError, FaustError, TimeoutError) as error:
+                self.log.warning("the broker does not say how far the input goes; asking again", detail=repr(error))
+                await asyncio.sleep(LOOK_AGAIN_S)
+            except Exception as error:  # noqa: BLE001  a task's errors are lost otherwise
+                self._end(error)
             await asyncio.sleep(TICK_S)
 
     async def _is_idle(self) -> bool:
@@ -199,7 +219,11 @@ class Engine:
         return all(at[tp] is not None and at[tp] >= ends[tp] for tp in inputs)
 
     def _stalled_s(self) -> tuple[str, float]:
-        """What has stood still the longest, and for how long: the loop, the recovery or a commit."""
+        """What has stood still the longest, and for how long: the loop, the recovery or a commit.
+
+        Raises `FencedError` where that was the whole process.
+        """
+        self.guard()
         now = time.monotonic()
         times = [("the event loop", now - self._ticked)]
         if self._recovering_since is not None:
@@ -316,6 +340,9 @@ class Engine:
 
     async def _go_back(self) -> None:
         """Where nothing has come since the partition was taken over, read from where its state ends."""
+        if time.monotonic() - self._looked_at < LOOK_AGAIN_S:
+            return
+        self._looked_at = time.monotonic()
         for tp, expected in list(self._untouched.items()):
             if self._sequencer.next.get(tp) != expected:
                 self._untouched.pop(tp, None)
@@ -324,27 +351,32 @@ class Engine:
 
     # ------------------------------------------------------------------ writing, for the threads
 
-    def _fence(self, silent_s: float) -> None:
+    def _note_freeze(self) -> None:
+        """Fence this process off for good where it stood still; from any thread."""
+        silent_s = time.monotonic() - self._ticked
+        if not self._joins or self._fenced or silent_s <= FROZEN_S:
+            return
         self._fenced = (
-            f"this process stood still for {silent_s:.0f} s, longer than the group's session of {SESSION_S:g} s: its "
-            "partitions may be another worker's; nothing was written since"
+            f"this process stood still for {silent_s:.0f} s, the group's session is {SESSION_S:g} s: its partitions "
+            "may be another worker's; nothing was written since"
         )
-        self._end(FencedError(self._fenced))
+        self._fail(FencedError(self._fenced))
 
     def guard(self) -> None:
         """Raise `FencedError` where this process may have lost its partitions while it stood still."""
-        silent_s = time.monotonic() - self._ticked
-        if silent_s > SESSION_S and not self._fenced:
-            self._fence(silent_s)
+        self._note_freeze()
         if self._fenced:
             raise FencedError(self._fenced)
 
     async def write(self, number: int, records: Sequence[tuple[str, bytes | None, bytes | None]]) -> list[int]:
-        """Write topic, key and value of each record into one partition; their offsets."""
+        """Write topic, key and value of each record into one partition; their offsets. Raises `CheckFailed`."""
         self.guard()
         producer = self.app.producer
-        pending = [await producer.send(topic, key, value, number, None, None) for topic, key, value in records]
-        return [(await one).offset for one in pending]
+        pending = [
+            (topic, await accepted(topic, producer.send(topic, key, value, number, None, None)))
+            for topic, key, value in records
+        ]
+        return [(await accepted(topic, one)).offset for topic, one in pending]
 
     def on_loop(self, coroutine: Callable[[], Any]) -> Any:
         """Run a coroutine on the loop, from another thread. Raises `StoreUnavailableError` where Kafka fails."""

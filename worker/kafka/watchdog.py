@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from structlog.typing import FilteringBoundLogger
 
-from worker.errors import UNAVAILABLE
+from streams.store import FencedError
+from worker.errors import FENCED, UNAVAILABLE
 
 STALLED_S = 60.0
 LOOK_EVERY_S = 1.0
@@ -17,8 +18,9 @@ LOOK_EVERY_S = 1.0
 class Watchdog:
     """Asks `stalled_s` every second from a thread of its own, and ends the process past `limit_s`.
 
-    `limit_s` is `STALLED_S` unless given; `stalled_s` gives what stands still and for how long, in seconds. The
-    end is sudden: what hangs cannot be asked to stop, and whatever was committed is kept.
+    `limit_s` is `STALLED_S` unless given; `stalled_s` gives what stands still and for how long, in seconds, and
+    raises `FencedError` where the process itself did, which ends it with exit code 75. The end is sudden: what hangs
+    cannot be asked to stop, and whatever was committed is kept.
     """
 
     def __init__(
@@ -46,7 +48,12 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._stop.wait(self._every_s):
-            what, stalled_s = self._stalled_s()
+            try:
+                what, stalled_s = self._stalled_s()
+            except FencedError as error:
+                self._log.critical(str(error), reason="fenced")
+                self._end(FENCED)
+                return
             if stalled_s > self._limit_s:
                 self._log.critical(
                     f"{what} has stood still for {stalled_s:.0f} s, the limit is {self._limit_s:g} s: this worker "
