@@ -10,12 +10,13 @@ CHAIN = "chain"
 """The name, among owners, of all stages in one process."""
 FEATURES = "features"
 CONSENSUS = "consensus"
-_AGENT = "agent:"
+AGENT = "agent:"
+"""What the stage of an agent begins with."""
 
 
 def agent_stage(agent: str) -> str:
     """The name of the stage of one agent."""
-    return _AGENT + agent
+    return AGENT + agent
 
 
 @dataclass(frozen=True, slots=True)

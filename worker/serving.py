@@ -12,7 +12,7 @@ from structlog.typing import FilteringBoundLogger
 from streams.contracts import V3
 from streams.formats import FormatReader
 from streams.inputs import Inputs
-from streams.keys import CHAIN, CONSENSUS, FEATURES, Keys, agent_stage
+from streams.keys import AGENT, CHAIN, CONSENSUS, FEATURES, Keys, agent_stage
 from streams.redis import RedisStore, connect
 from worker.assembly import (
     check_way,
@@ -63,7 +63,7 @@ def serve(settings: Settings, options: Options, log: FilteringBoundLogger, stage
         client = open_client(url)
         keys = Keys(settings.namespace)
         check_way(client, keys, stage)
-        store = RedisStore(client, keys, stage, lease_s=settings.lease_s, retain=settings.retain)
+        store = RedisStore(client, keys, stage, lease_s=lease_s(settings, stage), retain=settings.retain)
         log.info("server", url=mask(url), namespace=settings.namespace)
         given = _Given(settings, options, log, store)
         page = _page(given, connect(url)) if stage in (CHAIN, CONSENSUS) else None
@@ -74,11 +74,16 @@ def serve(settings: Settings, options: Options, log: FilteringBoundLogger, stage
         try:
             process = _PROCESSES[stage.partition(":")[0]](given)
             twin = store.with_client(connect(url))
-            process.run(LeaseKeeper(twin.renew, lambda: given.status.heartbeat, settings.lease_s / 4, log))
+            process.run(LeaseKeeper(twin.renew, lambda: given.status.heartbeat, lease_s(settings, stage) / 4, log))
         finally:
             if page:
                 page.close()
             http.close()
+
+
+def lease_s(settings: Settings, stage: str) -> float:
+    """Seconds of silence after which a standby takes a stage over: an agent's comes before the agent is called late."""
+    return min(settings.lease_s, settings.deadline_s / 2) if stage.startswith(AGENT) else settings.lease_s
 
 
 class _Given:
@@ -88,6 +93,7 @@ class _Given:
         self.settings, self.options, self.log, self.store = settings, options, log, store
         kind, _, agent = store.stage.partition(":")
         self.agent = agent
+        self.shelf = Shelf(settings.models, load_options(settings))
         mine = {CHAIN: settings.agents, FEATURES: (), CONSENSUS: ()}.get(kind, (agent,))
         needs = {FEATURES: FEATURES_NEED, "agent": AGENT_NEEDS}.get(kind, CHAIN_NEEDS)
         known = {FEATURES: (), "agent": (agent,)}.get(kind, settings.agents)
@@ -104,10 +110,6 @@ class _Given:
             "options": self.options,
             "notifier": Notifier.from_environment(),
         }
-
-    @property
-    def shelf(self) -> Shelf:
-        return Shelf(self.settings.models, load_options(self.settings))
 
 
 def _page(given: _Given, client: redis.Redis) -> Page:
@@ -132,12 +134,14 @@ def _worker(given: _Given) -> Process:
 
 def _feature_process(given: _Given) -> Process:
     settings = given.settings
-    names = settings.feature_sets or _sets_of_models(given)
+    if not settings.feature_sets:
+        use_one_thread_a_model()
+        load_agents(settings, _records_of_agents(given), given.shelf, given.log)
 
     def make() -> FeatureStage:
         return FeatureStage(
             limits_of(settings),
-            always=names,
+            always=settings.feature_sets or _sets_of_models(given),
             fixed=True,
             warmup_bars=settings.warmup_bars,
             reader=FormatReader(rules_of(settings)),
@@ -147,14 +151,22 @@ def _feature_process(given: _Given) -> Process:
     return FeatureProcess(settings, given.store, make, **given.common)
 
 
-def _sets_of_models(given: _Given) -> tuple[str, ...]:
-    """The feature sets that the agents' models read: of those that serve, as their own processes would load them."""
-    use_one_thread_a_model()
+def _records_of_agents(given: _Given) -> dict[str, Record]:
+    """What serves by the state of each agent's own process."""
     records: dict[str, Record] = {}
     for agent in given.settings.agents:
         store = RedisStore(given.store.client, given.store.keys, agent_stage(agent))
         records |= stored_records(store, rebuild=given.options.rebuild)
-    loadings = load_agents(given.settings, records, given.shelf, given.log)
+    return records
+
+
+def _sets_of_models(given: _Given) -> tuple[str, ...]:
+    """The feature sets that models read: of those that serve or are on trial, as their own processes load them now."""
+    records, shelf = _records_of_agents(given), given.shelf
+    shelf.keep(records)  # what was newest when this process began may not be so any more
+    loadings = [shelf.serving(agent, records.get(agent, Record())) for agent in given.settings.agents]
+    loadings += [shelf.exact(agent, record.trial.artifact) for agent, record in records.items() if record.trial]
+    shelf.keep()
     return tuple(dict.fromkeys(x.model.feature_set for x in loadings if x.model is not None))
 
 

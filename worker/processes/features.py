@@ -21,13 +21,14 @@ from worker.stages.features import PARTS, FeatureStage
 
 
 class FeatureProcess(ReadsBars):
-    """Drives a feature stage over a store. `make` gives a fresh stage."""
+    """Drives a feature stage over a store. `make` gives a fresh one: with the sets of the models as they serve then."""
+
+    stage: FeatureStage
 
     def __init__(self, settings: Settings, store: MarkingStore, make: Callable[[], FeatureStage], **given: Any) -> None:
         super().__init__(settings, store, **given)
         self.inputs = Inputs(settings.input_keys, settings.namespace)
         self._make = make
-        self.stage = make()
 
     @property
     def intake(self) -> Intake:
@@ -69,7 +70,7 @@ class FeatureProcess(ReadsBars):
 
     def _recover(self, rewound: RewoundError | None) -> None:
         snapshot: Snapshot = self._reaching(lambda: self.store.load(PARTS))
-        self.stage = self._make()
+        self.stage = self._reaching(self._make)
         self.position = snapshot.position
         rebuilt = self._restore(snapshot)
         self.intake.ids.last = snapshot.position.last_output_id
