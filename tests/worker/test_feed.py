@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from streams.store import StoreUnavailableError
 from tests.helpers import LIMIT_S, environment, wait_for
 from tests.worker.exchange import STEP_MS, Exchange, ohlcv
 from worker.cli.app import invoke
-from worker.feed.exchange import close_exchange, open_exchange
+from worker.feed.exchange import SilentLineError, close_exchange, drop_silent_lines, open_exchange
 from worker.feed.publisher import Publisher, read_tail
 from worker.feed.session import Plan, SymbolFeed
 from worker.logs import make_logger
@@ -234,12 +234,22 @@ def test_the_last_bar_of_a_rare_symbol_is_found_far_back(publisher, stream, valk
     assert read_tail(publisher.store, publisher.key, PAIRS, "1m") == {}
 
 
-def test_a_line_that_stays_silent_is_filled_by_history(publisher, stream, exchange):
+def test_a_line_that_stays_silent_is_filled_by_history_and_replaced(publisher, stream, exchange):
+    """However often that happens, no pause grows: a quiet market is no failure."""
+
     async def scene() -> None:
         opened = open_exchange("binance", exchange.options)
         feed = SymbolFeed(opened, publisher, PAIRS[0], Plan(history=5, silence_s=0.3), make_logger("error"))
+        back_off, failures = feed._back_off, []
+
+        def noted(error: BaseException) -> Awaitable[None]:
+            failures.append(error)
+            return back_off(error)
+
+        feed._back_off = noted
         task = asyncio.ensure_future(feed.run())
-        await asyncio.to_thread(wait_for, lambda: len(stream.stamps(PAIRS[0])) >= 9)
+        await asyncio.to_thread(wait_for, lambda: len(stream.stamps(PAIRS[0])) >= 9 and exchange.connections >= 4)
+        assert not any(isinstance(error, SilentLineError) for error in failures)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await close_exchange(opened)
@@ -248,6 +258,51 @@ def test_a_line_that_stays_silent_is_filled_by_history(publisher, stream, exchan
     asyncio.run(asyncio.wait_for(scene(), 2 * LIMIT_S))
     stamps = stream.stamps(PAIRS[0])
     assert stamps == list(range(stamps[0], stamps[-1] + 1, STEP_MS))
+
+
+def test_a_line_whose_reading_ended_unnoticed_is_replaced(publisher, stream, exchange):
+    """ccxt goes on handing it out: without a new one, there would be history alone."""
+
+    async def broken() -> None:
+        raise ValueError("no frame of any protocol")
+
+    async def scene() -> None:
+        async with opened_feed(publisher, exchange, Plan(history=5, silence_s=1.5)) as feed:
+            lines = []
+
+            def lively() -> bool:
+                lines[:] = list(feed.exchange.clients.values())
+                return len(lines) == 1 and len(stream.stamps(PAIRS[0])) >= 7
+
+            task = asyncio.ensure_future(feed.run())
+            await asyncio.to_thread(wait_for, lively)
+            lines[0].receive = broken
+            await asyncio.to_thread(wait_for, lambda: exchange.connections >= 2)
+            assert lines[0] not in feed.exchange.clients.values()
+            seen = len(stream.stamps(PAIRS[0]))
+            await asyncio.to_thread(wait_for, lambda: len(stream.stamps(PAIRS[0])) >= seen + 2)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(asyncio.wait_for(scene(), 2 * LIMIT_S))
+    check_one(stream)
+
+
+def test_a_line_is_silent_only_if_no_symbol_at_all_was_heard_on_it(exchange):
+    async def scene() -> None:
+        opened = open_exchange("binance", exchange.options)
+        await opened.watch_ohlcv(PAIRS[0], "1s")
+        (line,) = opened.clients.values()
+        line.heard_s -= 1000 * LIMIT_S
+        assert drop_silent_lines(opened, 2000 * LIMIT_S) == 0
+        await opened.watch_ohlcv(PAIRS[1], "1s")
+        assert drop_silent_lines(opened, 900 * LIMIT_S) == 0
+        line.heard_s -= 1000 * LIMIT_S
+        assert drop_silent_lines(opened, 900 * LIMIT_S) == 1
+        assert not opened.clients
+        await close_exchange(opened)
+
+    asyncio.run(asyncio.wait_for(scene(), 2 * LIMIT_S))
 
 
 @asynccontextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,40 @@ def open_exchange(name: str, options: Mapping[str, Any]) -> Any:
         raise Unavailable("quartet feed needs ccxt: install it with pip install 'quartet-worker[feed]'") from None
     if name not in ccxt.pro.exchanges:
         raise UsageError(f"unknown exchange {name}{_near(name, ccxt.pro.exchanges)}")
-    return getattr(ccxt.pro, name)({"enableRateLimit": True, **options})
+    exchange = getattr(ccxt.pro, name)({"enableRateLimit": True, **options})
+    _note_when_lines_speak(exchange)
+    return exchange
+
+
+class SilentLineError(OSError):
+    """Nothing came over a connection for so long that it was given up for a new one."""
+
+
+def _note_when_lines_speak(exchange: Any) -> None:
+    """Each connection gets `heard_s`: when any message last came over it, by `time.monotonic`."""
+    handle = exchange.handle_message
+
+    def noted(client: Any, message: Any) -> Any:
+        client.heard_s = time.monotonic()
+        return handle(client, message)
+
+    exchange.handle_message = noted
+
+
+def drop_silent_lines(exchange: Any, silence_s: float) -> int:
+    """Give up the connections over which nothing came for `silence_s`; how many. Their watchers get `SilentLineError`.
+
+    ccxt keeps a connection whose reading failed, and each later watch waits on it; one that drains many messages
+    at once can stop reading for good (ccxt 4.5.60 over aiohttp 3.14.5 after some 4,000, until its ping is missed).
+    """
+    now_s = time.monotonic()
+    lines = [line for line in exchange.clients.values() if line.connection is not None]
+    for line in lines:
+        line.heard_s = getattr(line, "heard_s", now_s)  # one that never spoke is given until the next look
+    silent = [line for line in lines if now_s - line.heard_s >= silence_s]
+    for line in silent:
+        line.on_error(SilentLineError(f"{line.url} said nothing for {silence_s:g} s"))
+    return len(silent)
 
 
 async def check_request(exchange: Any, symbols: Sequence[str], interval: str) -> None:

@@ -18,7 +18,7 @@ from structlog.typing import FilteringBoundLogger
 
 from streams.store import StoreUnavailableError
 from streams.validation import interval_ms
-from worker.feed.exchange import PAGE
+from worker.feed.exchange import PAGE, SilentLineError, drop_silent_lines
 from worker.feed.publisher import Publisher, Row
 
 FIRST_PAUSE_S = 0.5
@@ -71,6 +71,8 @@ class SymbolFeed:
             try:
                 await self.catch_up()
                 await (self._follow() if self.exchange.has.get("watchOHLCV") else self._poll())
+            except SilentLineError:
+                continue  # no failure, however often: a quiet market must not make the pauses grow
             except (ccxt.BaseError, StoreUnavailableError, OSError) as error:  # BaseError: an OperationFailed too
                 await self._back_off(error)
 
@@ -108,7 +110,7 @@ class SymbolFeed:
             while True:
                 done, _ = await asyncio.wait({update}, timeout=silence_s)
                 if not done:  # a quiet market or a dead line: history knows
-                    await self.catch_up()
+                    await self._doubt(silence_s)
                     forming = None
                     continue
                 rows, update = update.result(), self._watch()
@@ -120,6 +122,11 @@ class SymbolFeed:
                     forming = await self._advance(forming, row)
         finally:
             update.cancel()
+
+    async def _doubt(self, silence_s: float) -> None:
+        """Ask history; if it has bars, a line that said nothing at all, of any symbol, is given up for a new one."""
+        if await self.catch_up() and drop_silent_lines(self.exchange, silence_s):
+            self.log.warning("a line was silent while bars were made; opening a new one", symbol=self.symbol)
 
     async def _advance(self, forming: Row | None, row: Row) -> Row | None:
         """Take `row` in; what is in hand afterwards. Only its direct successor closes a bar."""
