@@ -9,11 +9,13 @@ from collections.abc import Mapping
 
 import pytest
 
-from tests.chaos.scene import TREES, Life, added, assert_same, market, until
+from tests.chaos.scene import Life, added, assert_same, market, until
 from tests.chaos.scene import Stage as Scene
-from tests.stages.scene import PATIENT, names
+from tests.stages.scene import PATIENT, messages, names
 
 BARS, SYMBOLS = 180, 4
+MIXED = ("xgboost", "nhits")
+"""One of them keeps a window of 64 vectors of each symbol by its own commit, full on the 93rd bar, before any kill."""
 
 
 def progress(scene: Scene, name: str) -> int:
@@ -31,10 +33,12 @@ def start(scene: Scene, name: str) -> Life:
 @pytest.fixture(scope="module")
 def chained(workers, models, valkey, tmp_path_factory):
     folder = tmp_path_factory.mktemp("chained")
-    calm = Scene(workers, valkey, folder.name, models, folder, TREES)
+    calm = Scene(workers, valkey, folder.name, models, folder, MIXED)
     entries = market(SYMBOLS, BARS)
     calm.feed(entries)
     calm.finish()
+    votes = messages(valkey, calm.keys.votes("nhits"))
+    assert sum(vote["outputs"] is None for vote in votes) == 63 * SYMBOLS
     return entries, calm.outputs()
 
 
@@ -48,11 +52,11 @@ def drained(scene: Scene, lives: Mapping[str, Life], signals: int) -> None:
 def test_each_stage_is_killed_in_turn_and_its_standby_takes_over(stage, valkey, chained):
     """The promise is within 5 s; the figure is printed, for it is the machine's too."""
     entries, expected = chained
-    split = stage(valkey, TREES, "split")
-    owners = {name: start(split, name) for name in names(TREES)}
+    split = stage(valkey, MIXED, "split")
+    owners = {name: start(split, name) for name in names(MIXED)}
     split.feed(entries[:400])
     until(lambda: progress(split, "consensus") > 0, owners["consensus"])
-    standbys = {name: start(split, name) for name in names(TREES)}
+    standbys = {name: start(split, name) for name in names(MIXED)}
     for life in standbys.values():
         until(lambda life=life: "standing by" in life.text, life)
     step, took_s = (len(entries) - 400) // len(owners), {}
@@ -75,8 +79,8 @@ def test_each_stage_is_killed_in_turn_and_its_standby_takes_over(stage, valkey, 
 def test_a_frozen_stage_is_fenced_off(stage, valkey, chained):
     """The consensus is frozen, its standby takes over, the first one thaws: it exits 75 and has written nothing."""
     entries, expected = chained
-    split = stage(valkey, TREES, "frozen")
-    lives = {name: start(split, name) for name in names(TREES)}
+    split = stage(valkey, MIXED, "frozen")
+    lives = {name: start(split, name) for name in names(MIXED)}
     split.feed(entries[:440])
     until(lambda: progress(split, "consensus") > 0, lives["consensus"])
     frozen = lives["consensus"]
