@@ -23,7 +23,7 @@ try:
     from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
     from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 except ModuleNotFoundError:
-    raise Unavailable("the bridge needs aiokafka: install it with pip install 'quartet-worker[kafka]'") from None
+    raise Unavailable("Kafka needs the module aiokafka: install it with pip install 'quartet-worker[kafka]'") from None
 
 POLL_S = 0.1
 CALL_LIMIT_S = 30.0
@@ -74,7 +74,7 @@ class KafkaSink:
             self._call(self._open(), CALL_LIMIT_S)
         except (KafkaError, OSError, TimeoutError) as error:
             raise Unavailable(
-                f"no Kafka broker answers at {self.bootstrap} ({_text(error)}); check --to and that the broker runs"
+                f"no Kafka broker answers at {self.bootstrap} ({_text(error)}); check the address and that it runs"
             ) from None
 
     def ends(self, topic: str) -> list[int]:

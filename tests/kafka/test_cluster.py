@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from streams.topics import murmur2, partition_of
 from tests.kafka.cluster import Cluster, by_bar_id, produce, read, write
+from worker.kafka.orders import Given, answers
+from worker.sink import KafkaSink
 
 SYMBOLS = st.from_regex(r"[A-Za-z0-9._:/-]{1,64}", fullmatch=True)
 
@@ -45,6 +47,22 @@ def test_what_is_produced_comes_back_in_order_and_without_doubles(cluster: Clust
         again = [bar for bar in bars[:20] if partition_of(bar["symbol"], 4) == partition]
         assert objects == ours + again
     assert list(by_bar_id(cluster, topics.bars).values()) == sorted(bars, key=lambda b: partition_of(b["symbol"], 4))
+
+
+def test_a_partition_that_does_not_answer_an_order_is_named(cluster: Cluster, namespace: str) -> None:
+    """Partition 1 answers this order, 2 another one, 0 none."""
+    topics = cluster.create(namespace, 3)
+    events = {1: {"kind": "agent_muted", "evidence": {"order": "0-1"}}, 2: {"evidence": {"order": "7-1"}}}
+    write(cluster, topics.events, [(partition, orjson.dumps(event)) for partition, event in events.items()])
+    sink = KafkaSink(cluster.bootstrap, (topics.events,), lambda _waited_s: None)
+    sink.open()
+    try:
+        ids = dict.fromkeys(range(3), "0-1")
+        order = Given(ids, answers(sink, topics.events, [0, 0, 0], ids, 0.01))
+    finally:
+        sink.close()
+    assert order.silent == [0, 2]
+    assert order.events == [{**events[1], "partition": 1}]
 
 
 def test_what_was_written_outlives_a_broker_that_was_away(cluster: Cluster, namespace: str) -> None:

@@ -127,16 +127,16 @@ def test_what_is_no_bar_is_rejected_and_what_is_read_is_told(group: GroupOf, mod
     conditions = readiness["conditions"]
     assert set(conditions) >= {"kafka", "owner", "quorum", "warm_up", "fresh_bar", "feed"}
     assert conditions["owner"]["detail"] == f"partitions {', '.join(map(str, range(PARTITIONS)))}"
-    ids, answers = give(workers.cluster.url, workers.namespace, Order("mute", "xgboost", by="test"), 120.0)
-    assert [(one["partition"], one["kind"], one["agent"]) for one in answers] == [
+    muted = give(workers.cluster.url, workers.namespace, Order("mute", "xgboost", by="test"), 120.0)
+    assert [(one["partition"], one["kind"], one["agent"]) for one in muted.events] == [
         (partition, "agent_muted", "xgboost") for partition in range(PARTITIONS)
     ]
-    assert ids == ", ".join(f"{partition}/0-1" for partition in range(PARTITIONS))
+    assert muted.shown == ", ".join(f"{partition}/0-1" for partition in range(PARTITIONS))
     wait_for(lambda: 'quartet_agent_state{agent="xgboost",state="muted"} 1.0' in page(url["url"]))
     train_agents(generate(4, 600, 3, signal="planted").bars(), tmp_path / "next", agents=["lightgbm"], seed=9)
     (file,) = (file for file in (tmp_path / "next").iterdir() if candidate_of(file, "lightgbm"))
-    _, answers = give(workers.cluster.url, workers.namespace, order_for("canary", "lightgbm", file, models), 120.0)
-    assert [one["kind"] for one in answers] == ["canary_started"] * PARTITIONS, answers
+    begun = give(workers.cluster.url, workers.namespace, order_for("canary", "lightgbm", file, models), 120.0)
+    assert [one["kind"] for one in begun.events] == ["canary_started"] * PARTITIONS, begun
     workers.feed(later)
     until(lambda: workers.count(workers.topics.votes(f"lightgbm{CANARY}")) == len(later), life)
     assert life.terminate() == 0, life.text

@@ -155,14 +155,14 @@ for _name, _text in STEPS.items():
 
 
 def _order(settings: Settings, order: str, agent: str, file: Path | None, wait_s: float, *, as_json: bool) -> None:
-    """Give one order and say what became of it: exit code 0 done, 1 refused, 3 nobody answered."""
+    """Give one order and say what became of it: exit code 0 done, 1 refused, 3 where an answer is missing."""
     from worker import ordering
     from worker.errors import Unavailable, UsageError
 
     if agent not in settings.agents and (agent or order != "reload"):
         raise UsageError(f"agent {agent!r} is not configured; the agents are {', '.join(settings.agents)}")
     given = ordering.order_for(order, agent, file, settings.models)
-    order_id, events = _give(settings, given, wait_s)
+    order_id, events, silent = _give(settings, given, wait_s)
     if wait_s and not events:
         raise Unavailable(
             f"no worker of namespace {settings.namespace} answered order {order_id} within {wait_s:g} s; it is kept "
@@ -176,16 +176,23 @@ def _order(settings: Settings, order: str, agent: str, file: Path | None, wait_s
         where = f"partition {event['partition']}:" if "partition" in event else ""
         typer.echo(" ".join(part for part in (where, event["kind"], event["agent"], event["reason"]) if part))
         typer.echo(f"  {event['detail']}")
+    if wait_s and silent:
+        raise Unavailable(
+            f"partitions {', '.join(map(str, silent))} of namespace {settings.namespace} did not answer order "
+            f"{order_id} within {wait_s:g} s, the others did; it is kept there and carried out by whoever serves "
+            "them: see the topic of events"
+        )
     if any(event["kind"] in ordering.REFUSALS for event in events):
         raise typer.Exit(1)
 
 
-def _give(settings: Settings, order: Order, wait_s: float) -> tuple[str, list[dict[str, Any]]]:
-    """Write the order where the workers read it; its ID, and the events that answered it."""
+def _give(settings: Settings, order: Order, wait_s: float) -> tuple[str, list[dict[str, Any]], list[int]]:
+    """Write the order where the workers read it; its ID, the events that answered it, and the partitions without."""
     if settings.broker is not None:
         from worker.kafka import orders
 
-        return orders.give(settings.broker, settings.namespace, order, wait_s)
+        written = orders.give(settings.broker, settings.namespace, order, wait_s)
+        return written.shown, written.events, written.silent
     from streams.keys import Keys
     from worker import ordering
     from worker.assembly import open_client, server_url
@@ -194,7 +201,7 @@ def _give(settings: Settings, order: Order, wait_s: float) -> tuple[str, list[di
     with server_url(settings, start=False) as url, open_client(url) as client:
         order_id, after = ordering.give(client, keys, order)
         each = ordering.answering(client, keys, order, settings.agents)
-        return order_id, ordering.answers(client, keys, order_id, after, wait_s, each) if wait_s else []
+        return order_id, ordering.answers(client, keys, order_id, after, wait_s, each) if wait_s else [], []
 
 
 def _load_options(settings: Settings) -> LoadOptions:
