@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+
 import aiokafka.partitioner
 import orjson
+import pytest
+import structlog
+from aiokafka.errors import KafkaTimeoutError
 from confluent_kafka import Producer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streams.topics import murmur2, partition_of
+from tests.helpers import LIMIT_S
 from tests.kafka.cluster import Cluster, by_bar_id, produce, read, write
+from worker.kafka import application
+from worker.kafka.engine import Engine
 from worker.kafka.orders import Given, answers
+from worker.kafka.readback import keys_since
+from worker.processes.base import Options
+from worker.settings import Settings
 from worker.sink import KafkaSink
 
 SYMBOLS = st.from_regex(r"[A-Za-z0-9._:/-]{1,64}", fullmatch=True)
@@ -72,3 +84,31 @@ def test_what_was_written_outlives_a_broker_that_was_away(cluster: Cluster, name
     cluster.up()
     write(cluster, topics.bars, [(1, b'{"n":2}')])
     assert read(cluster, topics.bars) == [[], [{"n": 1}, {"n": 2}]]
+
+
+def test_a_write_without_an_answer_is_said_and_stands_once_when_it_is_read_back(
+    cluster: Cluster, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faust's producer as the worker uses it, before a broker that stands still."""
+    topic = cluster.create(namespace, 2).bars
+
+    async def lose_an_answer() -> tuple[list[bytes], int]:
+        settings = Settings(namespace=namespace, state_dir=tmp_path)
+        engine = Engine(settings, cluster.bootstrap, Options(), structlog.get_logger())
+        engine.app.finalize()
+        producer = engine.app.producer
+        await producer.start()
+        assert producer._ensure_producer()._txn_manager is not None, "not idempotent"
+        sent = [await producer.send(topic, b"k%d" % n, b"v" if n else None, 1, None, None) for n in range(3)]
+        assert [(await one).offset for one in sent] == [0, 1, 2]
+        with monkeypatch.context() as patch, cluster.frozen():
+            patch.setattr(application, "WRITE_TIMEOUT_S", 0.5)
+            sent = [await producer.send(topic, b"late", b"v", 1, None, None) for _ in range(2)]
+            with pytest.raises(KafkaTimeoutError, match="no answer to a write"):
+                await sent[0]
+        async with asyncio.timeout(LIMIT_S):
+            await producer.flush()
+        await producer.stop()
+        return await keys_since(cluster.bootstrap, topic, 1, 2)
+
+    assert asyncio.run(lose_an_answer()) == ([b"k2", b"late", b"late"], 5)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, Protocol
 
 import faust
+from aiokafka.errors import KafkaTimeoutError
 from faust import Event
 from faust.tables import Table
+from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 
 from streams.topics import Topics
@@ -62,10 +66,47 @@ class StateTable(Table):  # type: ignore[misc]
         """The engine was given each event as it came."""
 
 
+class Producer(driver.Producer):  # type: ignore[misc]
+    """Idempotent: a record whose answer is lost with its connection is not written twice.
+
+    Faust asks for that in transactions only. Such a record is tried until the broker has it, so its answer is waited
+    for no longer than `WRITE_TIMEOUT_S`; then `KafkaTimeoutError`, and it may still be written.
+    """
+
+    def _settings_extra(self) -> Mapping[str, Any]:
+        return {"enable_idempotence": True}
+
+    async def on_stop(self) -> None:
+        with contextlib.suppress(TimeoutError):  # a broker that is away takes nothing more
+            await asyncio.wait_for(super().on_stop(), WRITE_TIMEOUT_S)
+
+    async def send(self, *arguments: Any, **named: Any) -> Any:
+        answer = asyncio.ensure_future(_in_time(await super().send(*arguments, **named)))
+        answer.add_done_callback(lambda one: one.cancelled() or one.exception())  # of several, one is waited for
+        return answer
+
+
+async def _in_time(pending: Any) -> Any:
+    try:
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
+            return await asyncio.shield(pending)
+    except TimeoutError as error:
+        raise KafkaTimeoutError(f"no answer to a write within {WRITE_TIMEOUT_S:g} s") from error
+
+
+class Transport(driver.Transport):  # type: ignore[misc]
+    """Faust's, with this producer."""
+
+    Producer = Producer
+
+
 class Application(faust.App):  # type: ignore[misc]
     """Faust with an engine behind it."""
 
     engine: Engine
+
+    def _new_transport(self) -> Transport:
+        return Transport(self.conf.broker_consumer, self)
 
     async def on_first_start(self) -> None:
         await self.engine.prepare()

@@ -27,6 +27,7 @@ from worker.kafka.ledger import Ledger, Record
 from worker.kafka.levels import Levels
 from worker.kafka.outgoing import Outgoing
 from worker.kafka.partition import Partition, Shared, explained, statuses
+from worker.kafka.readback import keys_since
 from worker.kafka.refusals import accepted
 from worker.kafka.sequence import Sequencer, Verdict
 from worker.kafka.shelf import SharedShelf
@@ -378,6 +379,10 @@ class Engine:
         ]
         return [(await accepted(topic, one)).offset for topic, one in pending]
 
+    async def logged(self, number: int, start: int) -> tuple[list[bytes], int]:
+        """What came to a partition of the changelog since an offset; see `Link.logged`."""
+        return await keys_since(self._bootstrap, self._changelog, number, start)
+
     def on_loop(self, coroutine: Callable[[], Any]) -> Any:
         """Run a coroutine on the loop, from another thread. Raises `StoreUnavailableError` where Kafka fails."""
         try:
@@ -417,6 +422,10 @@ class _Link:
         rows = [(self._changelog, key, value) for key, value in records]
         offsets: list[int] = self._engine.on_loop(lambda: self._engine.write(self._number, rows))
         return offsets
+
+    def logged(self, start: int) -> tuple[list[bytes], int]:
+        found: tuple[list[bytes], int] = self._engine.on_loop(lambda: self._engine.logged(self._number, start))
+        return found
 
     def send(self, outgoing: Sequence[Outgoing]) -> Mapping[str, int]:
         rows = [(topic, None, value) for topic, value in outgoing]

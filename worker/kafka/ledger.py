@@ -8,6 +8,10 @@ The log cleans itself as a log-structured file system does (Rosenblum and Ouster
 than twice what lives, the oldest commits go, and fields that still live in them are carried into the new one. What
 lives is therefore always the newest part of the log, without a gap: `tail` of its head says where it begins.
 
+Nobody refuses the records of an owner that was replaced, so none of them may do harm. An epoch belongs to the owner
+whose record comes first in it, a newer epoch goes before an older one, keys are the owner's own, and a commit is
+deleted only once the commit that let it go is known to stand: then no successor can need it.
+
 Pure: bytes in, bytes out. `tests/kafka/test_ledger.py` crashes it after every record.
 """
 
@@ -84,6 +88,9 @@ class Ledger:
         self._segment_bytes = segment_bytes
         self._fields: dict[Field, tuple[int, bytes]] = {}
         self._log: deque[_Kept] = deque()
+        self._stands = False
+        self._let_go: list[bytes] = []
+        self._void: list[bytes] = []
         self._garbage: deque[bytes] = deque()
         self._live_bytes = 0
         self._log_bytes = 0
@@ -104,7 +111,7 @@ class Ledger:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Bytes of state that live, and bytes of state in the log."""
+        """Bytes of state that live, and bytes of state and outputs in the log."""
         return self._live_bytes, self._log_bytes
 
     # ------------------------------------------------------------------ writing
@@ -118,17 +125,44 @@ class Ledger:
         self._drop(change.drops)
         for name, value in change.fields.items():
             self._set(name, new_seq, value)
-        carried = self._clean(new_seq, sum(map(len, change.fields.values())))
+        carried = self._clean(new_seq, _size(change.fields) + len(change.outputs))
         written = {**carried, **change.fields}
         rows = [(part, name, value) for (part, name), value in written.items()]
         tail = self._log[0].seq if self._log else new_seq
         before, self.position, self.outputs, self.seq = self.position, change.position, change.outputs, new_seq
         commit = _Commit(new_seq, self.epoch, tail, before, change.position, list(change.drops), rows, change.outputs)
         records = self._segments(commit)
-        size = _size(written)
-        self._log.append(_Kept(new_seq, tuple(key for key, _ in records), size, tuple(written)))
-        self._log_bytes += size
+        self._keep(commit, tuple(key for key, _ in records), written)
         return [*records, *self._deletions()]
+
+    def confirm(self) -> None:
+        """Every record that was given out stands in the changelog, and no rival's before them."""
+        self._stands = True
+        self._garbage.extend(self._let_go)
+        self._garbage.extendleft(self._void)  # before ours, which show that this epoch has another owner
+        self._let_go, self._void = [], []
+
+    def rival(self, keys: Iterable[bytes]) -> bytes | None:
+        """Of `keys`, in the changelog's order, the first of an owner that makes this one's records void.
+
+        Records of an older epoch are void themselves, and so are those of this epoch behind this owner's first: they
+        are deleted.
+        """
+        first = self._stands
+        for key in keys:
+            epoch, owner = _writer(key)
+            if owner == self.owner:
+                first = True
+            elif epoch > self.epoch or (epoch == self.epoch and not first):
+                return key
+            else:
+                self._void.append(key)
+        return None
+
+    def _keep(self, commit: _Commit, keys: tuple[bytes, ...], fields: Mapping[Field, bytes]) -> None:
+        size = _size(fields) + len(commit.outputs)
+        self._log.append(_Kept(commit.seq, keys, size, tuple(fields)))
+        self._log_bytes += size
 
     def _drop(self, parts: Sequence[str]) -> None:
         for name in [name for name in self._fields if name[0] in parts] if parts else ():
@@ -153,7 +187,7 @@ class Ledger:
                 break
             oldest = self._log.popleft()
             self._log_bytes -= oldest.size
-            self._garbage.extend(oldest.keys)
+            self._let_go.extend(oldest.keys)
             for name in oldest.fields:
                 held = self._fields.get(name)
                 if held is not None and held[0] == oldest.seq:
@@ -180,7 +214,7 @@ class Ledger:
     def restore(
         cls, records: Mapping[bytes, bytes], owner: str | None = None, *, segment_bytes: int = SEGMENT_BYTES
     ) -> Ledger:
-        """The ledger of the next owner, from what the changelog holds: the newest value of each key.
+        """The ledger of the next owner, from what the changelog holds: the newest value of each key, in its order.
 
         Raises `StateCorruptError` where a commit is missing from what lives, or does not follow the one before.
         """
@@ -191,7 +225,8 @@ class Ledger:
         for commit, keys in live:
             ledger._replay(commit, keys)
         kept = {key for _, keys in live for key in keys}
-        ledger._garbage.extend(key for key in records if key not in kept)
+        ledger._void = [key for key in records if key in found.void]
+        ledger._let_go.extend(key for key in records if key not in kept | found.void)
         return ledger
 
     def _replay(self, commit: _Commit, keys: tuple[bytes, ...]) -> None:
@@ -201,36 +236,41 @@ class Ledger:
         written = {(part, name): value for part, name, value in commit.fields}
         for name, value in written.items():
             self._set(name, commit.seq, value)
-        size = _size(written)
-        self._log.append(_Kept(commit.seq, keys, size, tuple(written)))
-        self._log_bytes += size
+        self._keep(commit, keys, written)
         self.seq, self.position, self.outputs = commit.seq, commit.position, commit.outputs
 
 
 @dataclass
 class _Found:
-    """The whole commits in a changelog, by sequence number and epoch, and the highest epoch of any record."""
+    """The whole commits in a changelog, by sequence number and epoch, and the highest epoch of any record.
+
+    `void` are the keys of owners that came second in their epoch.
+    """
 
     epoch: int
+    void: set[bytes]
     commits: dict[tuple[int, int], tuple[_Commit, tuple[bytes, ...]]]
 
     @classmethod
     def read(cls, records: Mapping[bytes, bytes]) -> _Found:
         pieces: dict[tuple[int, int, str], dict[int, tuple[int, bytes, bytes]]] = {}
+        owners: dict[int, str] = {}
+        void: set[bytes] = set()
         for key, value in records.items():
             seq, epoch, owner, i, n, piece = unseal(key.decode(errors="replace"), value)
-            pieces.setdefault((epoch, seq, owner), {})[i] = (n, piece, key)
+            if owners.setdefault(epoch, owner) != owner:
+                void.add(key)
+            else:
+                pieces.setdefault((epoch, seq, owner), {})[i] = (n, piece, key)
         commits: dict[tuple[int, int], tuple[_Commit, tuple[bytes, ...]]] = {}
         for (epoch, seq, _), parts in pieces.items():
             n = next(iter(parts.values()))[0]
             if len(parts) < n:
                 continue  # its owner died before the last piece: it never held
-            if (seq, epoch) in commits:
-                raise StateCorruptError(f"commit {seq}", f"two owners wrote it in epoch {epoch}")
             whole = b"".join(parts[i][1] for i in range(n))
             commit = _Commit(seq, epoch, *unseal(f"commit {seq}", whole))
             commits[seq, epoch] = commit, tuple(parts[i][2] for i in range(n))
-        return cls(max((epoch for epoch, _, _ in pieces), default=0), commits)
+        return cls(max(owners, default=0), void, commits)
 
     def live(self) -> list[tuple[_Commit, tuple[bytes, ...]]]:
         """From the tail of the newest owner's last commit to that commit, each by its newest writer."""
@@ -248,6 +288,12 @@ class _Found:
             if seq not in epochs:
                 raise StateCorruptError(f"commit {seq}", "it is missing from the changelog")
             yield self.commits[seq, epochs[seq]]
+
+
+def _writer(key: bytes) -> tuple[int, str]:
+    """Epoch and owner in a key of `Ledger._segments`."""
+    epoch, _, rest = key.decode().partition(".")
+    return int(epoch), rest.rsplit("-", 2)[0]
 
 
 def _weight(name: Field, value: bytes) -> int:

@@ -50,11 +50,15 @@ class Bounds:
 class Link(Protocol):
     """The loop's side of one partition. Called from the worker's thread; each call waits.
 
-    Both raise `FencedError`, or `StoreUnavailableError` where the outcome is not known.
+    Writing and reading raise `FencedError`, or `StoreUnavailableError` where the outcome is not known.
     """
 
     def log(self, records: Sequence[Record]) -> list[int]:
         """Write to the changelog; the offset of each record."""
+        ...
+
+    def logged(self, start: int) -> tuple[list[bytes], int]:
+        """Of the changelog from offset `start` to its end: the keys of records that hold a value, and that end."""
         ...
 
     def send(self, outgoing: Sequence[Outgoing]) -> Mapping[str, int]:
@@ -271,16 +275,37 @@ class PartitionStore:
         return True
 
     def _log(self) -> None:
-        """Write to the changelog what is not known to be there. Somebody else's record in between means two owners."""
-        in_doubt, self._in_doubt = self._in_doubt, True
-        offsets = self._write(lambda: self._link.log(self._unlogged))
-        expected = range(self._logged_end, self._logged_end + len(offsets))
-        self._unlogged, self._in_doubt, self._logged_end = [], False, offsets[-1] + 1
-        if not in_doubt and offsets != list(expected):
+        """Write to the changelog what is not known to be there, and only where no other worker has taken over.
+
+        Records have to follow one another. Where they do not, and before anything is written again whose outcome
+        is not known, the changelog says whose records are there.
+        """
+        if self._in_doubt:
+            self._look()
+        self._in_doubt = True
+        if self._unlogged:
+            offsets = self._write(lambda: self._link.log(self._unlogged))
+            if offsets != list(range(self._logged_end, self._logged_end + len(offsets))):
+                self._look()
+            self._logged_end = max(self._logged_end, offsets[-1] + 1)
+        self._unlogged, self._in_doubt = [], False
+        self.ledger.confirm()
+
+    def _look(self) -> None:
+        """Read what came to the changelog since the last write that is known; what is ours need not be written again.
+
+        Raises `FencedError` where another worker's record goes before ours.
+        """
+        keys, end = self._write(lambda: self._link.logged(self._logged_end))
+        rival = self.ledger.rival(keys)
+        if rival is not None:
             raise FencedError(
-                f"another worker wrote to the changelog of this partition (at {offsets[0]}, {expected[0]} was "
-                "expected); no output of this batch was sent"
+                f"another worker wrote to the changelog of this partition ({rival.decode()}, after offset "
+                f"{self._logged_end - 1}); no output of this batch was sent"
             )
+        there = set(keys)
+        self._unlogged = [record for record in self._unlogged if record[0] not in there]
+        self._logged_end = end
 
     def _write(self, call: Callable[[], _T]) -> _T:
         self.writing_since = self.writing_since or time.monotonic()
