@@ -22,6 +22,7 @@ from tests.kafka.scene import PARTITIONS, Group, alone, assert_same, market
 from worker.control import Order
 from worker.errors import FENCED, UNAVAILABLE
 from worker.kafka.orders import give
+from worker.kafka.topics import changelog_of
 from worker.ordering import order_for
 from worker.training.market import generate
 from worker.training.train import train_agents
@@ -184,6 +185,7 @@ def test_a_worker_that_cannot_commit_ends_by_itself(group: GroupOf, models: Path
 
 
 def test_fausts_own_command_runs_the_same_worker(group: GroupOf, models: Path, tmp_path: Path) -> None:
+    """And ends where that one fails, as it does over a changelog in which something else was written."""
     bars = market(4, 40)
     workers = group(models, partitions=2)
     workers.feed(bars)
@@ -207,6 +209,10 @@ def test_fausts_own_command_runs_the_same_worker(group: GroupOf, models: Path, t
             assert worker.poll() is None, log.read_text()
             worker.terminate()
             assert worker.wait(120) == 0, log.read_text()
+            write(workers.cluster, changelog_of(workers.namespace), [(1, b"no state of ours")])
+            worker = subprocess.Popen(command, cwd=tmp_path, env=environment(settings), stdout=out, stderr=out)
+            assert worker.wait(120) == 1, log.read_text()
+            assert f"delete the topic {changelog_of(workers.namespace)}" in log.read_text()
         finally:
             worker.kill()
     assert_same(workers.said(), alone(models, bars, TREES))

@@ -240,10 +240,11 @@ class Engine:
             return
         message = event.message
         book = self._books[message.partition]
+        key = message.key or b"a record without a key"  # none of ours: the ledger refuses it
         if message.value is None:
-            book.pop(message.key, None)
+            book.pop(key, None)
         else:
-            book[message.key] = message.value
+            book[key] = message.value
         self._logged_ends[message.partition] = message.offset + 1
         self._recovering_since = time.monotonic()
 
