@@ -429,11 +429,44 @@ def test_input_that_is_gone_is_said_with_its_count() -> None:
     position = taken_over(0, 5).load(()).position
     assert position.inputs[BARS].id == "4-1"
     assert taken_over(5, 5).read(position, [BARS], 1).entries == []
-    with pytest.raises(InputLostError, match="3 records were deleted before they were read") as lost:
+    with pytest.raises(InputLostError, match="3 records were deleted before they were read to their end") as lost:
         taken_over(8, 9).read(position, [BARS], 1)
     assert (lost.value.lost, lost.value.resume.id.partition("-")[0]) == (3, "7")
     with pytest.raises(InputLostError, match="recreated or rewound"):
         taken_over(0, 2).read(position, [BARS], 1)
+
+
+def test_a_record_that_is_gone_in_the_middle_of_its_reading_is_lost_too() -> None:
+    broker, records = Broker(), [join([to_json({"symbol": "A"})] * 5)] * 3
+    store = store_over(broker, records)
+    store.acquire()
+    position = with_baseline(Position(), store.read(Position(), [BARS], 9).facts)
+
+    def go_on(store: PartitionStore, position: Position, count: int) -> Position:
+        entries = store.read(position, [BARS], count).entries
+        position = position.advanced(entries, entries[-1].id)
+        store.commit(Commit(position))
+        return position
+
+    def lost(first: int) -> int:
+        bounds = {BARS: Bounds(first, 3), CONTROL: Bounds(0, 0)}
+        after = PartitionStore(Ledger.restore(broker.compacted()), broker, bounds, len(broker.changelog))
+        try:
+            after.read(after.load(()).position, [BARS], 9)
+        except InputLostError as error:
+            return error.lost
+        return 0
+
+    position = go_on(store, position, 3)
+    assert [lost(first) for first in range(4)] == [0, 1, 2, 3]
+    store.commit(Commit(position))  # of the orders alone, say
+    successor = store_over(broker, records)
+    successor.acquire()
+    assert lost(1) == 1
+    position = go_on(successor, position, 2)
+    assert [lost(first) for first in range(4)] == [0, 0, 1, 2]
+    go_on(successor, position, 6)
+    assert [lost(first) for first in range(4)] == [0, 0, 0, 1]
 
 
 def test_records_that_hold_no_bar_are_let_go_in_their_turn() -> None:

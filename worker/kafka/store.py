@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from streams.codec import seal, unseal
+from streams.codec import from_json, seal, to_json, unseal
 from streams.messages import Entry
 from streams.records import unpack
 from streams.store import (
@@ -33,8 +33,11 @@ from worker.kafka.ledger import Change, Ledger, Record
 from worker.kafka.outgoing import Outgoing, folded, outgoing_of, unfolded
 
 OWNER = "owner"
-"""The part of the state that is the store's own: how the last owner ended, and the entry it approached alone."""
-_CLEAN, _MARK = (OWNER, b"clean"), (OWNER, b"mark")
+"""The part of the state that is the store's own.
+
+How the last owner ended, the entry it approached alone, and the inputs of which a record was not read to its end.
+"""
+_CLEAN, _MARK, _WITHIN = (OWNER, b"clean"), (OWNER, b"mark"), (OWNER, b"within")
 _LAST_PLACE = 2**31
 _T = TypeVar("_T")
 
@@ -246,10 +249,27 @@ class PartitionStore:
         if bounds.end <= offset:
             what = f"it was recreated or rewound: it ends at offset {bounds.end}, record {offset} was read already"
             raise InputLostError(key, bounds.end - bounds.first, what, resume)
-        lost = bounds.first - offset - 1
+        lost = bounds.first - offset - (key not in self._within())
         if lost > 0:
-            what = f"{lost} records were deleted before they were read (it begins at offset {bounds.first})"
+            what = (
+                f"{lost} records were deleted before they were read to their end (it begins at offset {bounds.first}); "
+                "each counts as one entry, however many bars it held"
+            )
             raise InputLostError(key, lost, what, resume)
+
+    def _within(self) -> list[str]:
+        """The inputs whose last record was not read to its end, as of the last commit."""
+        held = self.ledger.get(*_WITHIN)
+        return from_json(held) if held else []
+
+    def _is_within(self, key: str, position: Position) -> bool:
+        """Whether `position`, of the next commit, leaves entries of the record at which it stands."""
+        at = _at(position, key)
+        with self._changed:
+            last = next((one.last for one in self._taken[key] if one.last is not None and one.offset == at[0]), None)
+        if last is None:
+            return at == _at(self._position, key) and key in self._within()
+        return at < last
 
     # ------------------------------------------------------------------ committing
 
@@ -258,12 +278,11 @@ class PartitionStore:
         pending = self._pending
         if pending is None or pending.commit is not commit:
             outgoing = outgoing_of(commit)
-            change = Change(
-                commit.position.encode(),
-                commit.drops,
-                {(part, name): value for part, fields in commit.state.items() for name, value in fields},
-                folded(outgoing),
-            )
+            fields = {(part, name): value for part, fields in commit.state.items() for name, value in fields}
+            within = [key for key in self._taken if self._is_within(key, commit.position)]
+            if within != self._within():
+                fields[_WITHIN] = to_json(within)
+            change = Change(commit.position.encode(), commit.drops, fields, folded(outgoing))
             pending = self._pending = _Pending(commit, outgoing)
             self._unlogged += self.ledger.append(change)
         if not pending.logged:
