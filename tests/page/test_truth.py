@@ -67,10 +67,16 @@ class Visit:
         return str(self.page.evaluate(f"getComputedStyle(document.body).getPropertyValue('--{name}').trim()"))
 
     def pixels(self, name: str, pane: int) -> int:
-        """How many pixels of a colour of the style sheet are drawn on one pane of the chart, 0 the candles'."""
+        """How many pixels of a colour of the style sheet are drawn on one pane of the chart, 0 the candles'.
+
+        Counting is long work of the page's one thread: it lets two frames be drawn first, where any are to come.
+        """
         return int(
             self.page.evaluate(
-                """([colour, pane]) => {
+                """async ([colour, pane]) => {
+                  const frame = () => new Promise(requestAnimationFrame);
+                  const late = new Promise(done => setTimeout(done, 1000));
+                  await Promise.race([frame().then(frame), late]);
                   const [r, g, b] = [1, 3, 5].map(at => parseInt(colour.slice(at, at + 2), 16));
                   const row = [...document.querySelectorAll('#chart tr')].filter(row => row.clientHeight > 40)[pane];
                   let count = 0;
