@@ -32,6 +32,8 @@ _CHUNK = 1 << 16
 _SUFFIXES = (".jsonl.zst", ".zst", "")
 _DATA = b',"data":'
 _STREAM = b'{"stream":"'
+_AT = len(_STREAM)
+_RAW = b'"raw":'
 _ENTRY_ENDS = b"}}", b"]}"
 
 
@@ -112,15 +114,16 @@ def decode(line: bytes) -> Item:
 
 def stream_of(line: bytes) -> bytes:
     """The stream of an entry's line as `encode` writes it, empty for any other line; nothing is decoded."""
-    if not line.startswith(_STREAM) or not line.endswith(_ENTRY_ENDS):
-        return b""
-    return line[len(_STREAM) : line.find(b'"', len(_STREAM))]
+    if line.startswith(_STREAM) and line.endswith(_ENTRY_ENDS):
+        return line[_AT : line.find(b'"', _AT)]
+    return b""
 
 
 def holds(line: bytes, data: bytes) -> bool:
     """Whether a line is that of an entry whose one field `data` has exactly these bytes, a JSON object."""
-    at = line.find(_DATA) + len(_DATA)
-    return len(line) == at + len(data) + 1 and line.startswith(data, at) and b'"raw":' not in line[:at]
+    at = line.find(_DATA)
+    begin = at + len(_DATA)
+    return line.startswith(data, begin) and len(line) == begin + len(data) + 1 and line.find(_RAW, 0, at) < 0
 
 
 def _decode(value: Mapping[str, Any]) -> Item:

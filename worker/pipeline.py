@@ -8,8 +8,9 @@ follows a bar through it.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,17 @@ from worker.stages.lateness import Lateness
 from worker.voting import Seat, Stopwatch, VotingStage
 
 PARTS = (*features.PARTS, *agents.PARTS, *consensus_stage.PARTS)
+
+
+NO_ROWS = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Underway:
+    """A batch that the models compute."""
+
+    vectors: Vectors
+    asked: Sequence[Future[Ballot]]
 
 
 @dataclass(frozen=True)
@@ -123,21 +135,46 @@ class Pipeline:
         *,
         poison: frozenset[tuple[str, str]] = frozenset(),
         stopwatch: Stopwatch = nullcontext,
-        keep: bool = True,
     ) -> Result:
-        """One batch of input entries. `now_ms` judges lateness and bars from the future, never values.
+        """One batch of input entries. `now_ms` judges lateness and bars from the future, never values."""
+        vectors = self.features.process(entries, now_ms, poison=poison, stopwatch=stopwatch)
+        result = self._decide(*self.agents.process(vectors, stopwatch), stopwatch)
+        with stopwatch("pack"):
+            state, drops = self.changes(vectors.accepted.rows)
+        return replace(result, state=state, drops=drops)
 
-        Without `keep` the result has no state: for a caller who will never restore one.
+    def begin(
+        self,
+        entries: Sequence[Entry],
+        now_ms: int,
+        *,
+        poison: frozenset[tuple[str, str]] = frozenset(),
+        stopwatch: Stopwatch = nullcontext,
+    ) -> Underway:
+        """The first half of `process`: the models compute, and the caller goes on to other work.
+
+        The next batch may begin before this one is finished where nothing that its end decides matters to
+        it: `is_steady`.
         """
         vectors = self.features.process(entries, now_ms, poison=poison, stopwatch=stopwatch)
-        vectors, ballots, verdicts = self.agents.process(vectors, stopwatch)
+        return Underway(vectors, self.agents.voting.ask(vectors, stopwatch))
+
+    def finish(self, underway: Underway, stopwatch: Stopwatch = nullcontext) -> Result:
+        """The second half of `process`, in the order in which batches began. The result has no state: see `changes`."""
+        ballots = [ballot.result() for ballot in underway.asked]
+        return self._decide(*self.agents.judge(underway.vectors, ballots, stopwatch), stopwatch)
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether a batch changes no seat: a trial can end at any bar, and its feature set with it."""
+        return all(record.trial is None for record in self.records.values())
+
+    def _decide(self, vectors: Vectors, ballots: list[Ballot], verdicts: list[Event], stopwatch: Stopwatch) -> Result:
         with stopwatch("consensus"):
             counted, muted = self._without_late(vectors, ballots)
             signals, concerns = self.consensus.process(vectors, counted, self.agents.thresholds)
             events = [*vectors.accepted.events, *bar_by_bar(vectors, [*verdicts, *muted, *concerns])]
-        with stopwatch("pack"):
-            state, drops = self._changes(vectors.accepted.rows) if keep else ({}, [])
-        return Result(vectors.accepted, vectors, ballots, signals, state, events, drops, counted)
+        return Result(vectors.accepted, vectors, ballots, signals, {}, events, (), counted)
 
     def _without_late(self, vectors: Vectors, ballots: list[Ballot]) -> tuple[list[Ballot], list[Event]]:
         if self.lateness is None:
@@ -148,11 +185,8 @@ class Pipeline:
 
     # ------------------------------------------------------------------ state
 
-    def settle(self) -> tuple[dict[str, Fields], list[str]]:
-        """What to commit, state and drops, after changes between two batches that no batch follows."""
-        return self._changes(np.zeros(0, np.int64))
-
-    def _changes(self, rows: NDArray[np.int64]) -> tuple[dict[str, Fields], list[str]]:
+    def changes(self, rows: NDArray[np.int64] = NO_ROWS) -> tuple[dict[str, Fields], list[str]]:
+        """What to commit since the last call, state and drops, after bars of these series in their order."""
         state, drops = self.agents.changes(rows)
         late = {} if self.lateness is None else self.lateness.changes()
         return {**self.features.changes(rows), **state, **self.consensus.changes(), **late}, drops

@@ -110,7 +110,7 @@ class Worker(HoldsAgents, ReadsBars):
         self._tell_events(result.events)
 
     def _settled(self) -> tuple[Mapping[str, Fields], Sequence[str]]:
-        return self.pipeline.settle()
+        return self.pipeline.changes()
 
     # ------------------------------------------------------------------ recovering
 

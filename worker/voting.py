@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -185,6 +185,14 @@ def compute_alone() -> None:
         torch.set_num_threads(1)
 
 
+def _vote_after(
+    before: Future[Ballot] | None, stage: AgentStage, vectors: Vectors, windows: Mapping[str, Windows], watch: Stopwatch
+) -> Ballot:
+    if before is not None:
+        wait([before])
+    return stage.vote(vectors, windows, watch)
+
+
 def _reads(seat: Seat) -> tuple[str, int] | None:
     """The set and the window that a seat's model reads."""
     return None if seat.model is None else (seat.model.feature_set, seat.model.window)
@@ -204,6 +212,7 @@ class VotingStage:
         self._capacity = capacity
         self._windows: dict[str, SequenceWindows] = {}
         self._threads = ThreadPoolExecutor(2 * max(len(seats), 1), "agent", initializer=compute_alone)
+        self._asked: dict[AgentStage, Future[Ballot]] = {}
         self._open_windows()
 
     @property
@@ -273,9 +282,16 @@ class VotingStage:
 
     def vote(self, vectors: Vectors, stopwatch: Stopwatch = nullcontext) -> list[Ballot]:
         """One ballot an agent, in the order of the seats; the models run side by side."""
+        return [ballot.result() for ballot in self.ask(vectors, stopwatch)]
+
+    def ask(self, vectors: Vectors, stopwatch: Stopwatch = nullcontext) -> list[Future[Ballot]]:
+        """As `vote`, without waiting for the ballots; an agent that is asked again answers in order."""
         windows = self._push(vectors)
-        jobs = [self._threads.submit(stage.vote, vectors, windows, stopwatch) for stage in self.stages]
-        return [job.result() for job in jobs]
+        self._asked = {
+            stage: self._threads.submit(_vote_after, self._asked.get(stage), stage, vectors, windows, stopwatch)
+            for stage in self.stages
+        }
+        return list(self._asked.values())
 
     def _push(self, vectors: Vectors) -> dict[str, Windows]:
         """Append the ready vectors to their rings and cut out the windows that the models read."""

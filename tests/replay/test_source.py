@@ -63,16 +63,18 @@ def test_entries_are_taken_by_stream_and_losses_are_none(file: Path) -> None:
     assert source.left() == {"signals": 4}
 
 
-def test_only_a_whole_run_of_equal_entries_is_taken_at_once(file: Path) -> None:
+def test_entries_are_taken_as_long_as_they_are_equal(file: Path) -> None:
     source = Source(Recording(file))
     first, second, third = PAYLOADS
-    assert not source.take_equal("signals", [first, third])
-    assert not source.take_equal("signals", [first, second, third, b'{"spaced":1}'])
-    assert not source.take_equal("votes:nhits", [first])
-    assert source.take_equal("signals", [first, second])
-    assert source.take_equal("signals", [third])
-    assert not source.take_equal("signals", [first] * 9)
+    assert source.take_equal("votes:nhits", iter([first])) == (0, first)
+    assert source.take_equal("signals", iter([second])) == (0, second)
+    rest = iter([first, third, second])
+    assert source.take_equal("signals", rest) == (1, third)
+    assert list(rest) == [second], "what comes behind the first difference is left to the caller"
+    assert source.take_equal("signals", iter([second, third])) == (2, None)
+    assert source.take_equal("signals", iter([b'{"spaced":1}'])) == (0, b'{"spaced":1}')
     assert [item.id for item in source.take("signals", 9)] == ["4-0", "5-0", "6-0"]
+    assert source.take_equal("signals", iter([first])) == (0, first)
 
 
 def test_lines_that_another_program_wrote_are_read_as_well(tmp_path: Path) -> None:
@@ -82,5 +84,5 @@ def test_lines_that_another_program_wrote_are_read_as_well(tmp_path: Path) -> No
         writer._put(b'{ "stream": "signals", "key": "q:signals", "id": "1-0", "data": {"a": 1}}')
         writer._put(b'{"key":"q:events","stream":"events","id":"1-0","data":{"a":1}}')
     source = Source(Recording(path))
-    assert source.take_equal("signals", [b'{"a":1}'])
+    assert source.take_equal("signals", iter([b'{"a":1}'])) == (1, None)
     assert source.left() == {}

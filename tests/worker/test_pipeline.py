@@ -282,7 +282,7 @@ def test_an_agent_is_active_with_another_model_from_the_first_row_on_which_that_
     chain.make = lambda: Pipeline(seats, warmup_bars=LATE)
     if "reload" in how:
         chain.pipeline.install("nhits", other, pinned=False)
-        chain.keep(*chain.pipeline.settle())
+        chain.keep(*chain.pipeline.changes())
     if "restart" in how:
         chain.restart()
     (report,) = [r for r in chain.pipeline.reports() if r.agent == "nhits"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from agents.agent import Refusal
 from streams.contracts import V2, V3
 from streams.messages import AGENTS, Action, AgentState, Bar, Reason
+from tests.helpers import LIMIT_S
 from tests.worker.small import falling, model, rising, seat
 from worker.batches import STATES, Ballot, Vectors
 from worker.intake import Accepted
@@ -66,6 +68,29 @@ def test_a_model_that_raises_on_one_row_abstains_on_that_row_alone() -> None:
     assert ballot.outputs[others].tobytes() == alone.outputs.tobytes()
     assert [vote for n, vote in enumerate(votes(ballot)) if n != 3] == [("BUY", None, "active")] * 6
     assert ballot.confidence[others].tobytes() == alone.confidence.tobytes()
+
+
+def test_an_agent_that_is_asked_again_before_it_answered_answers_in_order() -> None:
+    values = some(5)
+    free, asked = threading.Event(), []
+
+    def slow(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        asked.append(len(x))
+        assert len(asked) > 1 or free.wait(LIMIT_S)
+        return rising(x)
+
+    stage = VotingStage([seat("xgboost", slow), seat("lightgbm")])
+    [first, other], [second, _] = (
+        stage.ask(vectors(values[:2], ready=np.array([False, True]))),
+        stage.ask(vectors(values[2:])),
+    )
+    assert len(other.result(LIMIT_S).action) == 1, "another agent does not wait for it"
+    assert not second.done()
+    free.set()
+    assert votes(second.result(LIMIT_S)) == [("BUY", None, "active")] * 3
+    assert votes(first.result(LIMIT_S)) == [("BUY", None, "active")]
+    assert asked == [1, 3]
+    stage.close()
 
 
 def test_a_model_that_raises_on_every_row_ends_nothing() -> None:

@@ -7,13 +7,15 @@ gives its recorded votes, with the state and the reason that they had.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from agents.agent import Refusal
 from streams.keys import CONSENSUS
@@ -24,7 +26,7 @@ from worker.assembly import load_options, pipeline_factory
 from worker.batches import Ballot, Vectors
 from worker.decoding import ballot_of
 from worker.errors import CheckFailed
-from worker.pipeline import Pipeline, Result
+from worker.pipeline import NO_ROWS, Pipeline, Result, Underway
 from worker.qsc import Safeguard
 from worker.replay.outline import VOTES, Outline, Step, artifact_of, steps_in_order
 from worker.replay.shelf import Shelf
@@ -36,6 +38,9 @@ from worker.voting import AgentStage, Seat, Stopwatch, Windows
 
 State = dict[str, dict[bytes, bytes]]
 _AS_RECORDED = "as recorded"
+
+AHEAD = 2
+"""How many batches the models have at most: with one waiting, none of them waits for another at the end of a batch."""
 
 
 class RecordedStage(AgentStage):
@@ -93,6 +98,7 @@ class Chain:
         self._gaps = {key: list(gaps) for key, gaps in self.outline.gaps.items()}
         self._left_out = frozenset(self.outline.left_out)
         self._state: State = defaultdict(dict)
+        self._unkept: list[NDArray[np.int64]] = []
         self._batches = 0
         self.pipeline = self._make(self._first_seats(start))
 
@@ -106,29 +112,30 @@ class Chain:
         """Whether the state will be restored once more: packing it for nobody would take time."""
         return self.restart_every is not None or any(step.kind == "started" for step in self._steps)
 
-    def run(
-        self, batch_size: int, stopwatch: Stopwatch = nullcontext, settle: Callable[[], None] = lambda: None
-    ) -> Iterator[tuple[Result, frozenset[str]]]:
+    def run(self, batch_size: int, stopwatch: Stopwatch = nullcontext) -> Iterator[tuple[Result, frozenset[str]]]:
         """Every batch and the agents that were taken over in it. Cuts where something changed in between.
 
-        `settle` is called before such a change: an agent that is taken over from there on takes its votes
-        from the source, so whoever compares beside has to be done with those before.
+        Where nothing changes, the models compute the next batch while the caller looks at one.
         """
+        underway: deque[Underway] = deque()
         held: list[Entry] = []
         while held := held or self._entries(batch_size):
-            while self._steps and self._steps[0].is_due(held[0]):
-                settle()
+            restarts = self.restart_every is not None and self._batches % self.restart_every == 0 < self._batches
+            changes = restarts or self._is_due(held[0])
+            while underway and (changes or len(underway) == AHEAD or not self.pipeline.is_steady):
+                yield self.pipeline.finish(underway.popleft(), stopwatch), self.recorded
+            if restarts:
+                self._restart()
+            while self._is_due(held[0]):
                 self._apply(self._steps.pop(0))
             cut = self._next_cut(held)
             entries, held = held[:cut], held[cut:]
-            result = self.pipeline.process(
-                entries, LATEST_TS_MS, poison=self._left_out, stopwatch=stopwatch, keep=self._restarts_ahead
-            )
-            self._keep(result.state, result.drops)
-            yield result, self.recorded
+            underway.append(self.pipeline.begin(entries, LATEST_TS_MS, poison=self._left_out, stopwatch=stopwatch))
             self._batches += 1
-            if self.restart_every and self._batches % self.restart_every == 0:
-                self._restart()
+            if self._restarts_ahead:
+                self._unkept.append(underway[-1].vectors.accepted.rows)
+        while underway:
+            yield self.pipeline.finish(underway.popleft(), stopwatch), self.recorded
 
     def _entries(self, count: int) -> list[Entry]:
         """The next entries that the worker took in, at most `count`; none at the end."""
@@ -151,10 +158,14 @@ class Chain:
     def close(self) -> None:
         self.pipeline.voting.close()
 
+    def _is_due(self, entry: Entry) -> bool:
+        """Whether the next step comes before this entry."""
+        return bool(self._steps) and self._steps[0].is_due(entry)
+
     def _next_cut(self, entries: Sequence[Entry]) -> int:
         if not self._steps:
             return len(entries)
-        return next((i for i, entry in enumerate(entries) if self._steps[0].is_due(entry)), len(entries))
+        return next((i for i, entry in enumerate(entries) if self._is_due(entry)), len(entries))
 
     # ------------------------------------------------------------------ starting
 
@@ -241,7 +252,7 @@ class Chain:
             self._sets = self._computed(start) or self._sets
             trials = [seat for seat in seats if seat.agent.endswith(CANARY)]
             seats = [*self._seats(start, {seat.agent: seat for seat in seats}), *trials]
-        self._keep({"agents": old.agents.record_changes()}, ())
+        self._keep()
         pipeline = self._make(seats)
         pipeline.restore(self._state)
         for part in pipeline.unused(self._state):
@@ -249,7 +260,10 @@ class Chain:
         old.voting.close()
         self._mind()
 
-    def _keep(self, state: Mapping[str, Sequence[tuple[bytes, bytes]]], drops: Sequence[str]) -> None:
+    def _keep(self) -> None:
+        """Bring the state up to date, as if it had been committed after every batch."""
+        state, drops = self.pipeline.changes(np.concatenate([NO_ROWS, *self._unkept]))
+        self._unkept.clear()
         for part in drops:
             self._state.pop(part, None)
         for part, fields in state.items():
@@ -261,9 +275,11 @@ class Chain:
         if step.kind == "started":
             self._restart(step)
             return
+        if self._restarts_ahead:
+            self._keep()
         self._change(step)
         if self._restarts_ahead:
-            self._keep(*self.pipeline.settle())
+            self._keep()
         self._mind()
 
     def _change(self, step: Step) -> None:

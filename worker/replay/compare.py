@@ -93,29 +93,41 @@ class Comparison:
 
         `open_ended`: what a feature set or agent adds whose model is not at hand is no difference.
         """
-        payloads = [to_json(message) for message in messages]
-        if payloads and source.take_equal(stream, payloads):
-            self.compared[stream] += len(payloads)
-            self._last = max(self._last, self.bars + rows[-1])
-            return []
+        payloads = map(to_json, messages)
         found: list[tuple[Place, Difference]] = []
-        for row, payload in zip(rows, payloads, strict=True):
-            bar_id = _bar_id(payload)
-            skipped, recorded = self._next(stream, bar_id, payload, source)
-            different = [_one_sided(stream, _bar_id(data), "an entry", ABSENT) for data in skipped]
-            if recorded is not None:
-                self.compared[stream] += 1
-                self._last = max(self._last, self.bars + row)
-                if recorded != payload:
-                    different += self._fields(stream, recorded, payload, open_ended=open_ended)
-            elif source.peek(stream) is None:
-                self.unrecorded[stream] += 1
-                self._tails.setdefault(stream, ((self.bars + row, rank), bar_id))
-            else:
-                different.append(_one_sided(stream, bar_id, ABSENT, "an entry"))
-            self.differing[stream] += len(skipped) + (len(different) > len(skipped))
-            found += [((row, rank), one) for one in different]
-        return found
+        done = 0
+        while True:
+            equal, payload = source.take_equal(stream, payloads)
+            if equal:
+                done += equal
+                self.compared[stream] += equal
+                self._last = max(self._last, self.bars + rows[done - 1])
+            if payload is None:
+                return found
+            different = self._unequal(stream, (rows[done], rank), payload, source, open_ended=open_ended)
+            found += [((rows[done], rank), one) for one in different]
+            done += 1
+
+    def _unequal(
+        self, stream: str, place: Place, payload: bytes, source: Source, *, open_ended: bool
+    ) -> list[Difference]:
+        """What differs where the entry that comes next does not have these bytes; it may be of another bar."""
+        at = self.bars + place[0]
+        bar_id = _bar_id(payload)
+        skipped, recorded = self._next(stream, bar_id, payload, source)
+        different = [_one_sided(stream, _bar_id(data), "an entry", ABSENT) for data in skipped]
+        if recorded is not None:
+            self.compared[stream] += 1
+            self._last = max(self._last, at)
+            if recorded != payload:
+                different += self._fields(stream, recorded, payload, open_ended=open_ended)
+        elif source.peek(stream) is None:
+            self.unrecorded[stream] += 1
+            self._tails.setdefault(stream, ((at, place[1]), bar_id))
+        else:
+            different.append(_one_sided(stream, bar_id, ABSENT, "an entry"))
+        self.differing[stream] += len(skipped) + (len(different) > len(skipped))
+        return different
 
     def _next(self, stream: str, bar_id: str, payload: bytes, source: Source) -> tuple[list[bytes], bytes | None]:
         """The recorded bytes that belong to a bar, None where there are none, and what was recorded before them."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -215,10 +216,19 @@ def _is_missing(vote: Mapping[str, Any]) -> bool:
     return bool(vote["action"] == "ABSTAIN" and vote["reason"] == "deadline_missed")
 
 
+def _ahead(blocks: Iterator[list[bytes]]) -> Iterator[list[bytes]]:
+    """The same blocks; the next one is decompressed while the caller looks at one."""
+    with ThreadPoolExecutor(1, "blocks") as thread:
+        coming = thread.submit(next, blocks, None)
+        while (lines := coming.result()) is not None:
+            coming = thread.submit(next, blocks, None)
+            yield lines
+
+
 def read_outline(recording: Recording, progress: Progress = lambda _: None) -> Outline:
     """Read the whole recording once. Raises `RecordingError` where it is damaged."""
     outline = Outline()
-    for lines in recording.blocks():
+    for lines in _ahead(recording.blocks()):
         before = outline.bars
         outline.take(lines)
         progress(outline.bars - before)

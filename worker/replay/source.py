@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 
 from streams.messages import Entry
@@ -26,20 +26,12 @@ class Source:
         self.namespace = str(recording.header["namespace"])
         self._blocks: Iterator[list[bytes]] = recording.blocks()
         self._waiting: dict[bytes, deque[bytes]] = defaultdict(deque)
-        self._entries: deque[Entry] = deque()
         self._lock = threading.RLock()
 
     def entries(self, count: int) -> list[Entry]:
         """The next entries of the inputs, in the order in which they were read."""
         with self._lock:
-            self.read_ahead(count)
-            return [self._entries.popleft() for _ in range(min(count, len(self._entries)))]
-
-    def read_ahead(self, count: int) -> None:
-        """Read and decode the next entries of the inputs, so that taking them takes no time."""
-        with self._lock:
-            items = self.take("bars", count - len(self._entries))
-            self._entries.extend(Entry(item.key, item.id, item.fields) for item in items)
+            return [Entry(item.key, item.id, item.fields) for item in self.take("bars", count)]
 
     def take(self, stream: str, count: int) -> list[Recorded]:
         """The next `count` entries of a stream."""
@@ -47,15 +39,20 @@ class Source:
             waiting = self._await(stream, count)
             return [_recorded(waiting.popleft()) for _ in range(min(count, len(waiting)))]
 
-    def take_equal(self, stream: str, payloads: Sequence[bytes]) -> bool:
-        """Take the next entries of a stream if their `data` are exactly these; else take nothing."""
+    def take_equal(self, stream: str, payloads: Iterator[bytes]) -> tuple[int, bytes | None]:
+        """Take the next entries of a stream as long as their `data` are exactly these.
+
+        Gives how many were, and the payload that is not what comes next; None at the end of `payloads`.
+        """
+        equal = 0
         with self._lock:
-            waiting = self._await(stream, len(payloads))
-            if len(waiting) < len(payloads) or not all(map(holds, waiting, payloads)):
-                return False
-            for _ in payloads:
+            waiting = self._waiting[stream.encode()]
+            for payload in payloads:
+                if not (waiting or self._await(stream, 1)) or not holds(waiting[0], payload):
+                    return equal, payload
                 waiting.popleft()
-            return True
+                equal += 1
+        return equal, None
 
     def peek(self, stream: str, place: int = 0) -> Recorded | None:
         """An entry that `take` would give, `place` entries ahead; None behind the end."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from worker.builds import build
 from worker.encoding import feature_messages, signal_messages, vote_messages
 from worker.errors import CheckFailed
 from worker.pipeline import Result
-from worker.replay.beside import Beside
 from worker.replay.chain import Chain, check_beginning
 from worker.replay.compare import Comparison, Difference, Place
 from worker.replay.outline import VOTES, Outline, Progress, read_outline
@@ -25,6 +25,9 @@ from worker.settings import Settings
 
 TOLERANCE = 1e-5
 """Relative or absolute, where the recording comes from another build."""
+
+TURN_S = 1e-4
+"""After how long Python code gives way to another thread that waits; 5 ms unless set."""
 
 LATEST = 65_536
 """How many vectors ahead one of another key is looked for that was taken later than its entry's ID says."""
@@ -90,19 +93,29 @@ class Verdict:
 
 @dataclass
 class Clock:
-    """Seconds inside the stage of the models, for the benchmark and the summary; `models_begin` is told of each."""
+    """Seconds in which any model computed, for the summary."""
 
     models_s: float = 0.0
-    models_begin: Callable[[], None] = lambda: None
+    _computing: int = 0
+    _since: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        if stage == "agents":
-            self.models_begin()
-        began = time.perf_counter()
-        yield
-        if stage == "agents":
-            self.models_s += time.perf_counter() - began
+        one = stage.startswith("agent:")
+        self._count(one)
+        try:
+            yield
+        finally:
+            self._count(-one)
+
+    def _count(self, models: int) -> None:
+        with self._lock:
+            now = time.perf_counter()
+            if self._computing:
+                self.models_s += now - self._since
+            self._computing += models
+            self._since = now
 
 
 def verify(
@@ -132,7 +145,8 @@ def verify(
     chain = Chain(settings, outline, source, restart_every)
     loading_s = time.perf_counter() - loading
     try:
-        bars = _run(chain, comparison, clock, batch_size or settings.batch_size, progress)
+        with short_turns():
+            bars = _run(chain, comparison, clock, batch_size or settings.batch_size, progress)
         if not outline.split:  # one commit holds a bar's entries of every stream
             comparison.finish()
         leftover = source.left()
@@ -154,22 +168,23 @@ def verify(
     )
 
 
-def _run(chain: Chain, comparison: Comparison, clock: Clock, batch_size: int, progress: Progress) -> int:
-    """Each batch is compared, and what comes after it read, while the models compute the next one."""
+@contextmanager
+def short_turns() -> Iterator[None]:
+    """Threads give way to each other soon: a model waits for its turn between any two of its operations."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(TURN_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
 
-    def compare(result: Result, recorded: frozenset[str]) -> None:
+
+def _run(chain: Chain, comparison: Comparison, clock: Clock, batch_size: int, progress: Progress) -> int:
+    for result, recorded in chain.run(batch_size, clock):
         if len(chain.keys) > 1 and not comparison.differences:
             check_order(result.accepted.bars, chain.source)
         comparison.take(compare_batch(comparison, chain.source, result, recorded), len(result.accepted))
-        chain.source.read_ahead(batch_size)
-
-    with Beside() as beside:
-        clock.models_begin = beside.begin
-        for result, recorded in chain.run(batch_size, clock, beside.settle):
-            beside.settle()
-            beside.leave(partial(compare, result, recorded))
-            progress(sum(result.accepted.outcomes.values()))
-        beside.settle()
+        progress(sum(result.accepted.outcomes.values()))
     return comparison.bars
 
 

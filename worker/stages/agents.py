@@ -89,6 +89,12 @@ class AgentGroup:
         """
         with stopwatch("agents"):
             ballots = self.voting.vote(vectors, stopwatch)
+        return self.judge(vectors, ballots, stopwatch)
+
+    def judge(
+        self, vectors: Vectors, ballots: Sequence[Ballot], stopwatch: Stopwatch = nullcontext
+    ) -> tuple[Vectors, list[Ballot], list[Event]]:
+        """As `process`, of ballots that are cast."""
         with stopwatch("safeguard"):
             ballots, verdicts = self.safeguard.watch(vectors, ballots)
             return self._judge_trials(vectors, ballots, verdicts)
