@@ -55,13 +55,14 @@ def _engine(settings: Settings, options: Options, log: FilteringBoundLogger) -> 
         raise UsageError(str(error)) from None
     try:
         from worker.kafka.engine import Engine  # noqa: PLC0415  only with the extra
+        from worker.sink import bootstrap_of  # noqa: PLC0415
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("worker", "agents", "streams"):
             raise
         raise Unavailable(
             f"Kafka needs the module {error.name}: install it with `pip install 'quartet-worker[kafka]'`"
         ) from None
-    return Engine(settings, settings.broker.removeprefix("kafka://"), options, log)
+    return Engine(settings, bootstrap_of(settings.broker), options, log)
 
 
 class _ToLog(logging.Handler):

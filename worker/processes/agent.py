@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from streams.codec import encode_reject, seal, unseal
 from streams.contracts import V3, FeatureSet
 from streams.keys import agent_stage
-from streams.messages import Entry, Event, Reason, Reject
-from streams.redis import with_baseline
-from streams.store import Batch, Commit, InputLostError, Position, RewoundError, Snapshot
+from streams.messages import Entry, Reason, Reject
+from streams.store import Commit, Position, RewoundError, Snapshot
 from worker.batches import Fields
 from worker.builds import placed, started
 from worker.decoding import SeriesBook, read_vectors
@@ -69,7 +68,7 @@ class AgentProcess(HoldsAgents):
 
     def _step(self) -> None:
         steered = self._steer()
-        batch = self._read_vectors()
+        batch = self._take(lambda: self.store.read(self.position, [self.keys.features], self._most))
         if batch.entries or steered or self.steering.waiting:
             self._idle_since = None
         if batch.entries:
@@ -82,28 +81,11 @@ class AgentProcess(HoldsAgents):
             self._idle_since = self._idle_since or time.monotonic()
             self._wait([self.keys.features, self.keys.control], WAIT_S)
 
-    def _read_vectors(self) -> Batch:
-        key = self.keys.features
-        with self.sensors.stopwatch("read"):
-            try:
-                batch: Batch = self._reaching(lambda: self.store.read(self.position, [key], self._most))
-            except InputLostError as error:
-                self._accept_loss(error)
-                return Batch((), {})
-        self.options.accept_gap = False
-        self.position = with_baseline(self.position, batch.facts)
-        self._levels(batch.facts)
-        return batch
-
-    def _accept_loss(self, error: InputLostError) -> None:
-        """Start every window anew behind vectors that are gone, if that was asked for; else stop."""
-        if not self.options.accept_gap:
-            raise error
-        self.log.error("input lost", reason="lost", key=error.key, lost=error.lost)
+    def _start_anew(self, key: str) -> Mapping[str, Fields]:
+        """Every window starts anew."""
+        del key
         self.book.rewarm_all()
-        evidence = {"key": error.key, "lost": error.lost, "after": error.resume.id}
-        event = Event("gap", agent=self.agent, reason="lost", detail=str(error), evidence=evidence)
-        self._skip_lost(error, event, {"series": self.book.changes()})
+        return {"series": self.book.changes()}
 
     @property
     def _sets(self) -> tuple[FeatureSet, ...]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
+from collections.abc import Mapping
 
 from streams.inputs import REFRESH_S, Inputs
-from streams.messages import Event
-from streams.redis import with_baseline
 from streams.store import Batch, InputLostError
+from worker.batches import Fields
 from worker.intake import Intake
 from worker.processes.base import WAIT_S, Process
 
@@ -35,16 +35,7 @@ class ReadsBars(Process):
         keys = self.inputs.keys
         if not keys:
             return Batch((), {})
-        with self.sensors.stopwatch("read"):
-            try:
-                batch: Batch = self._reaching(lambda: self.store.read(self.position, keys, self._most))
-            except InputLostError as error:
-                self._accept_loss(error)
-                return Batch((), {})
-        self.options.accept_gap = False
-        self.position = with_baseline(self.position, batch.facts)
-        self._levels(batch.facts)
-        return batch
+        return self._take(lambda: self.store.read(self.position, keys, self._most))
 
     def _look_for_inputs(self) -> None:
         """Every few seconds, the keys that match a pattern; new ones get a position in the next commit."""
@@ -62,15 +53,14 @@ class ReadsBars(Process):
             self.log.warning("no stream matches yet; waiting for one", pattern=", ".join(self.inputs.patterns))
 
     def _accept_loss(self, error: InputLostError) -> None:
-        """Count what is gone and warm everything up again, if that was asked for; else stop."""
-        if not self.options.accept_gap:
-            raise error
-        self.log.error("input lost", reason="lost", key=error.key, lost=error.lost)
-        self.intake.rewarm_all()
-        evidence = {"key": error.key, "lost": error.lost, "after": error.resume.id}
-        event = Event("gap", reason="lost", detail=str(error), evidence=evidence)
-        self._skip_lost(error, event, {"series": self.intake.changes()})
+        super()._accept_loss(error)
         self.sensors.metrics.bars("lost", error.lost)
+
+    def _start_anew(self, key: str) -> Mapping[str, Fields]:
+        """Every series warms up again, whatever key it came from."""
+        del key
+        self.intake.rewarm_all()
+        return {"series": self.intake.changes()}
 
     def _wait_for_bars(self, *also: str) -> None:
         """Wait for a bar, or for an entry of one of `also`."""

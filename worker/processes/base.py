@@ -13,6 +13,7 @@ from structlog.typing import FilteringBoundLogger
 
 from streams.keys import Keys
 from streams.messages import Entry, Event
+from streams.redis import with_baseline
 from streams.store import (
     Batch,
     Commit,
@@ -83,6 +84,9 @@ class Process(ABC):
 
     Everything that is asked of the server goes through `_reaching`; everything that is written is one commit.
     """
+
+    agent = ""
+    """The one agent that it is about; empty where it is about all."""
 
     def __init__(
         self,
@@ -276,6 +280,32 @@ class Process(ABC):
             written = self._reaching(lambda: self.store.commit(commit), committing=True)
         self.sensors.metrics.commits("ok" if written else "lost_reply")
         self.position = commit.position
+
+    def _take(self, read: Callable[[], Batch]) -> Batch:
+        """What `read` gives; nothing where entries are gone and that is accepted, as it is for the first read only."""
+        with self.sensors.stopwatch("read"):
+            try:
+                batch: Batch = self._reaching(read)
+            except InputLostError as error:
+                self._accept_loss(error)
+                return Batch((), {})
+        self.options.accept_gap = False
+        self.position = with_baseline(self.position, batch.facts)
+        self._levels(batch.facts)
+        return batch
+
+    def _accept_loss(self, error: InputLostError) -> None:
+        """Go on behind entries that are gone, and start anew what they were for, if that was asked for; else stop."""
+        if not self.options.accept_gap:
+            raise error
+        self.log.error("input lost", reason="lost", key=error.key, lost=error.lost)
+        evidence = {"key": error.key, "lost": error.lost, "after": error.resume.id}
+        event = Event("gap", agent=self.agent, reason="lost", detail=str(error), evidence=evidence)
+        self._skip_lost(error, event, self._start_anew(error.key))
+
+    @abstractmethod
+    def _start_anew(self, key: str) -> Mapping[str, Fields]:
+        """Forget what entries of `key` that are gone would have continued; the state to commit."""
 
     def _skip_lost(self, error: InputLostError, event: Event, state: Mapping[str, Fields]) -> None:
         """Go on behind entries that are gone, with an event that says so."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from streams.keys import agent_stage
-from streams.messages import CANARY, Entry, Event, Reason
-from streams.redis import with_baseline
-from streams.store import FIRST_ID, Batch, Committed, InputLostError, JoiningStore
+from streams.messages import CANARY, Entry, Reason
+from streams.store import FIRST_ID, Committed, JoiningStore
+from worker.batches import Fields
 from worker.decoding import SeriesBook, read_message, read_vote
 from worker.processes.base import MarkingStore, Process
 from worker.stages.join import Heard, Joined, Patience, join
@@ -56,18 +56,7 @@ class JoinsVotes(Process):
         most, voters = self._most, self._voters()
         keys = [self.keys.features, *voters.values()]
         stages = {agent: agent_stage(agent) for agent in self.settings.agents}
-        with self.sensors.stopwatch("read"):
-            try:
-                batch: Batch = self._reaching(
-                    lambda: self.store.read_each(self.position, keys, most, [*stages.values()])
-                )
-            except InputLostError as error:
-                self._accept_loss(error)
-                batch = Batch((), {})
-            else:
-                self.options.accept_gap = False
-        self.position = with_baseline(self.position, batch.facts)
-        self._levels(batch.facts)
+        batch = self._take(lambda: self.store.read_each(self.position, keys, most, [*stages.values()]))
         by_key: dict[str, list[Entry]] = {key: [] for key in keys}
         for entry in batch.entries:
             by_key[entry.key].append(entry)
@@ -80,16 +69,11 @@ class JoinsVotes(Process):
         committed = {agent: batch.committed.get(stage, Committed()) for agent, stage in stages.items()}
         return Read(by_key[self.keys.features], votes, heard, committed)
 
-    def _accept_loss(self, error: InputLostError) -> None:
-        """Go on behind vectors or votes that are gone, if that was asked for; else stop."""
-        if not self.options.accept_gap:
-            raise error
-        self.log.error("input lost", reason="lost", key=error.key, lost=error.lost)
-        if error.key == self.keys.features:
+    def _start_anew(self, key: str) -> Mapping[str, Fields]:
+        """Lost vectors start every series anew; lost votes are missing on their vectors alone."""
+        if key == self.keys.features:
             self.book.rewarm_all()
-        evidence = {"key": error.key, "lost": error.lost, "after": error.resume.id}
-        event = Event("gap", reason="lost", detail=str(error), evidence=evidence)
-        self._skip_lost(error, event, {"series": self.book.changes()})
+        return {"series": self.book.changes()}
 
     @property
     def _decided(self) -> str:
