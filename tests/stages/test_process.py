@@ -119,6 +119,20 @@ def test_vectors_that_are_gone_stop_an_agent_until_that_is_accepted(desk):
     assert len(desk.signals()) == 90 - 58 + 4
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "other"), [("features", KEYS.bars, "xgboost"), ("xgboost", KEYS.features, "features")]
+)
+def test_a_run_until_idle_does_not_end_between_what_is_gone_and_what_follows_it(desk, name, key, other):
+    desk.feed(BARS[:90])
+    desk.feed(BARS[90:100], other)
+    desk.streams.trim(key, 4)
+    stage = desk.stages[name]
+    stage.options.accept_gap, stage.options.until_idle_s = True, 0.0
+    stage._turn()
+    assert not stage._done()
+    assert [e["evidence"]["lost"] for e in desk.events("gap") if e["reason"] == "lost"] == [6]
+
+
 def test_a_hot_reload_reaches_one_agent_and_no_other(desk, folder, tmp_path):
     import shutil
 

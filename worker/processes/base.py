@@ -282,13 +282,14 @@ class Process(ABC):
         self.position = commit.position
 
     def _take(self, read: Callable[[], Batch]) -> Batch:
-        """What `read` gives; nothing where entries are gone and that is accepted, as it is for the first read only."""
+        """What `read` gives, behind entries that are gone where that is accepted: at the first read only."""
         with self.sensors.stopwatch("read"):
-            try:
-                batch: Batch = self._reaching(read)
-            except InputLostError as error:
-                self._accept_loss(error)
-                return Batch((), {})
+            while True:
+                try:
+                    batch: Batch = self._reaching(read)
+                    break
+                except InputLostError as error:
+                    self._accept_loss(error)
         self.options.accept_gap = False
         self.position = with_baseline(self.position, batch.facts)
         self._levels(batch.facts)
