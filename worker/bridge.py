@@ -17,7 +17,7 @@ from structlog.typing import FilteringBoundLogger
 
 from streams.codec import StateCorruptError, encode_reject, seal, unseal
 from streams.formats import FormatReader
-from streams.inputs import REFRESH_S, Inputs
+from streams.inputs import Inputs
 from streams.messages import Entry, Reject
 from streams.records import flat_object, pack
 from streams.redis import RedisStore, with_baseline
@@ -35,6 +35,7 @@ from worker.carriage import Load, Sent, load_of
 from worker.errors import CheckFailed, Unavailable
 from worker.http import Condition
 from worker.lease import LeaseKeeper
+from worker.lookout import Lookout
 from worker.metrics import BridgeMetrics
 from worker.outages import KAFKA, OWNER, BridgeStatus, Outages, Stopped
 from worker.sink import KafkaSink, Record, SinkBrokenError
@@ -56,7 +57,10 @@ _ANEW = "To begin anew, with topics in which nothing stands yet: --from-start ca
 
 @dataclass
 class BridgeOptions:
-    """How one run differs from another. `until_idle_s` None runs until `stop`."""
+    """How one run differs from another. `until_idle_s` None runs until `stop`.
+
+    `accept_gap` is about what is gone at the start: once the input was read, a further gap stops the bridge.
+    """
 
     until_idle_s: float | None = None
     accept_gap: bool = False
@@ -94,9 +98,9 @@ class Bridge:
         self._outages = Outages(status, metrics, log, options.stop, self._beat)
         self._reaching = self._outages.reaching
         self.sink = sink((topics.bars, topics.rejected), self._outages.waiting)
+        self._lookout = Lookout(inputs, lambda pattern: self._reaching(lambda: store.find(pattern)), log)
         self._sent = Sent()
         self._lease: LeaseKeeper | None = None
-        self._looked_at: float | None = None
         self._idle_since: float | None = None
         self._lags: Counter[str] = Counter()
         self._told_at = time.monotonic()
@@ -234,7 +238,7 @@ class Bridge:
     # ------------------------------------------------------------------ a batch
 
     def _read(self) -> Batch:
-        self._look_for_inputs()
+        self._lookout.look()
         keys = self.inputs.keys
         if not keys:
             return Batch((), {})
@@ -244,6 +248,7 @@ class Bridge:
         except InputLostError as error:
             self._accept_loss(error)
             return self._read()
+        self.options.accept_gap = False
         self.position = with_baseline(self.position, batch.facts)
         self._lags = Counter()
         for key, facts in batch.facts.items():
@@ -251,14 +256,6 @@ class Bridge:
         for stream, lag in self._lags.items():
             self.metrics.lag(stream, lag)
         return batch
-
-    def _look_for_inputs(self) -> None:
-        now = time.monotonic()
-        if not self.inputs.patterns or (self._looked_at is not None and now - self._looked_at < REFRESH_S):
-            return
-        self._looked_at = now
-        for key in self._reaching(lambda: self.inputs.refresh(self.store.find)).new:
-            self.log.info("reading", key=key)
 
     def _carry(self, entries: Sequence[Entry]) -> None:
         load = load_of(entries, self.reader, len(self.offsets))

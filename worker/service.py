@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from structlog.typing import FilteringBoundLogger
 
-from streams.inputs import Inputs
 from streams.messages import AgentState, Entry
 from streams.store import Position, RewoundError, Snapshot
 from worker.batches import Fields
@@ -52,7 +51,6 @@ class Worker(HoldsAgents, ReadsBars):
         notifier: Notifier | None = None,
     ) -> None:
         super().__init__(settings, store, sensors=sensors, status=status, log=log, options=options, notifier=notifier)
-        self.inputs = Inputs(settings.input_keys, settings.namespace)
         self._make_pipeline = make_pipeline
         self._hold(shelf, settings.agents, records)
         self.pipeline = make_pipeline(self._seats())

@@ -276,6 +276,26 @@ def test_trimmed_input_is_refused_and_counted_where_that_is_accepted(valkey, clu
     assert carried(cluster, topics.namespace) == fed([*entries[:60], *entries[80:]])
 
 
+def test_the_gap_that_is_accepted_is_that_of_the_start(valkey, cluster, topics, program, tmp_path) -> None:
+    entries = market(3, 40)
+    key = Keys(topics.namespace).bars
+    feed(valkey, key, entries[:60])
+    assert program("--until-idle", "0").wait(120) == 0
+    feed(valkey, key, entries[60:80], 60)
+    with redis.Redis.from_url(valkey) as client:
+        client.xtrim(key, maxlen=5, approximate=False)
+        life = program("--accept-gap")
+        wait_for(lambda: bars_in(cluster, topics.namespace) == 65)
+        with client.pipeline() as at_once:
+            for fields in entries[80:100]:
+                at_once.xadd(key, fields)
+            at_once.xtrim(key, maxlen=5, approximate=False)
+            at_once.execute()
+    assert life.wait(120) == 1
+    assert "15 entries were trimmed before they were read" in (tmp_path / "bridge-1.log").read_text().splitlines()[-1]
+    assert carried(cluster, topics.namespace) == fed([*entries[:60], *entries[75:80]])
+
+
 def test_topics_that_are_not_those_of_before_are_refused_until_it_is_told_to_begin_anew(
     valkey, cluster, topics
 ) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import redis
+import structlog
+from structlog.testing import LogCapture
 
 from streams.inputs import Inputs
 from streams.keys import Keys
@@ -10,6 +12,7 @@ from streams.redis import RedisStore, connect
 from streams.store import Position
 from streams.validation import Limits
 from worker.intake import Intake
+from worker.lookout import Lookout
 
 KINDS = {"candles-A": "stream", "candles-B": "zset", "n:features": "stream", "n:bars": "stream"}
 
@@ -27,6 +30,20 @@ def test_a_pattern_never_takes_the_outputs_of_its_own_namespace():
     inputs = Inputs(["*"], "n")
     inputs.refresh(lambda _: KINDS)
     assert inputs.keys == ("candles-A", "n:bars")
+
+
+def test_a_look_out_says_once_what_is_read_what_is_not_and_that_nothing_is_there_yet(monkeypatch):
+    monkeypatch.setattr("worker.lookout.REFRESH_S", 0.0)
+    seen = LogCapture()
+    log = structlog.wrap_logger(structlog.testing.ReturnLogger(), processors=[seen])
+    looks = iter([{}, {}, {"candles-B": "zset"}, {"candles-A": "stream", "candles-B": "zset"}])
+    lookout = Lookout(Inputs(["candles-*"], "n"), lambda _: next(looks), log)
+    none = "no stream matches yet; waiting for one"
+    for _ in range(4):
+        lookout.look()
+    skipped = "not read: keys that match a pattern but are no streams"
+    assert [entry["event"] for entry in seen.entries] == [none, skipped, "reading"]
+    assert (seen.entries[1]["keys"], seen.entries[2]["key"]) == ("candles-B (zset)", "candles-A")
 
 
 def test_a_key_that_was_read_stays_also_while_it_is_gone():

@@ -31,7 +31,7 @@ def bridge(
         typer.Option("--until-idle", metavar="SECONDS", min=0, help="Stop once the input was silent this long."),
     ] = None,
     accept_gap: Annotated[
-        bool, typer.Option("--accept-gap", help="Go on past input that is gone, and count it as lost.")
+        bool, typer.Option("--accept-gap", help="Go on past input that is gone now, and count it as lost.")
     ] = False,
     from_start: Annotated[
         bool, typer.Option("--from-start", help="Forget how far it was; carry all that Redis holds. For new topics.")

@@ -5,21 +5,24 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
-from streams.inputs import REFRESH_S, Inputs
+from streams.inputs import Inputs
 from streams.store import Batch, InputLostError
 from worker.batches import Fields
 from worker.intake import Intake
-from worker.processes.base import WAIT_S, Process
-
-SHOWN_KEYS = 5
+from worker.lookout import Lookout
+from worker.processes.base import WAIT_S, MarkingStore, Process
+from worker.settings import Settings
 
 
 class ReadsBars(Process):
     """A process whose input is bars. `inputs` says which keys."""
 
-    inputs: Inputs
-    _looked_at: float | None = None
+    def __init__(self, settings: Settings, store: MarkingStore, **given: Any) -> None:
+        super().__init__(settings, store, **given)
+        self.inputs = Inputs(settings.input_keys, settings.namespace)
+        self._lookout = Lookout(self.inputs, lambda pattern: self._reaching(lambda: store.find(pattern)), self.log)
 
     @property
     @abstractmethod
@@ -31,26 +34,11 @@ class ReadsBars(Process):
 
     def _read_bars(self) -> Batch:
         """The next batch, at most one entry while a crash is being approached again."""
-        self._look_for_inputs()
+        self._lookout.look()
         keys = self.inputs.keys
         if not keys:
             return Batch((), {})
         return self._take(lambda: self.store.read(self.position, keys, self._most))
-
-    def _look_for_inputs(self) -> None:
-        """Every few seconds, the keys that match a pattern; new ones get a position in the next commit."""
-        now = time.monotonic()
-        if not self.inputs.patterns or (self._looked_at is not None and now - self._looked_at < REFRESH_S):
-            return
-        first, self._looked_at = self._looked_at is None, now
-        change = self._reaching(lambda: self.inputs.refresh(self.store.find))
-        for key in change.new:
-            self.log.info("reading", key=key)
-        if change.skipped:
-            some = ", ".join(f"{key} ({kind})" for key, kind in list(change.skipped.items())[:SHOWN_KEYS])
-            self.log.warning("not read: keys that match a pattern but are no streams", n=len(change.skipped), keys=some)
-        if first and not self.inputs.keys:
-            self.log.warning("no stream matches yet; waiting for one", pattern=", ".join(self.inputs.patterns))
 
     def _accept_loss(self, error: InputLostError) -> None:
         super()._accept_loss(error)

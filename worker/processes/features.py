@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from streams.codec import encode_reject
-from streams.inputs import Inputs
 from streams.messages import Entry
 from streams.store import Commit, RewoundError, Snapshot
 from worker.batches import Fields
@@ -27,7 +26,6 @@ class FeatureProcess(ReadsBars):
 
     def __init__(self, settings: Settings, store: MarkingStore, make: Callable[[], FeatureStage], **given: Any) -> None:
         super().__init__(settings, store, **given)
-        self.inputs = Inputs(settings.input_keys, settings.namespace)
         self._make = make
 
     @property
