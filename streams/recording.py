@@ -18,6 +18,7 @@ import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, Self
@@ -34,7 +35,8 @@ _DATA = b',"data":'
 _STREAM = b'{"stream":"'
 _AT = len(_STREAM)
 _RAW = b'"raw":'
-_ENTRY_ENDS = b"}}", b"]}"
+_HEAD = 32
+_ENTRY_ENDS = b"}]"
 
 
 class RecordingError(Exception):
@@ -112,11 +114,24 @@ def decode(line: bytes) -> Item:
         raise RecordingError(f"no entry of a recording: {line[:80]!r} ({error})") from error
 
 
+def _read_stream(head: bytes) -> bytes | None:
+    """The stream that a line with this beginning names, None where the name does not end there."""
+    if not head.startswith(_STREAM):
+        return b""
+    end = head.find(b'"', _AT)
+    return head[_AT:end] if end > 0 else None
+
+
+_stream_of_head = lru_cache(maxsize=4096)(_read_stream)
+"""Lines have few beginnings."""
+
+
 def stream_of(line: bytes) -> bytes:
     """The stream of an entry's line as `encode` writes it, empty for any other line; nothing is decoded."""
-    if line.startswith(_STREAM) and line.endswith(_ENTRY_ENDS):
-        return line[_AT : line.find(b'"', _AT)]
-    return b""
+    if len(line) < 2 or line[-2] not in _ENTRY_ENDS:
+        return b""
+    stream = _stream_of_head(line[:_HEAD])
+    return _read_stream(line) or b"" if stream is None else stream
 
 
 def holds(line: bytes, data: bytes) -> bool:

@@ -21,6 +21,7 @@ ITEMS: tuple[Item, ...] = (
     Recorded("signals", "q:signals", "6-0", {}),
     Recorded("bars", "q:bars", "1-0", {b"symbol": b"A", b"data": b"1"}),
     Recorded("bars", "q:bars", "2-0", {b"symbol": b"\xff"}),
+    Recorded("votes:" + "x" * 40, "q:votes", "1-0", {b"data": PAYLOADS[0]}),
 )
 
 
@@ -51,6 +52,7 @@ def test_a_line_tells_its_stream_and_its_data_without_being_decoded(item: Record
 
 def test_neither_a_loss_nor_a_line_with_other_spaces_has_a_stream_by_its_bytes() -> None:
     assert stream_of(encode(Lost("signals", "q:signals", "1-0", 3))) == b""
+    assert [stream_of(line) for line in (b"", b"}", b"}}", b'{"stream":"bars}}')] == [b""] * 4
     assert stream_of(b'{ "stream": "signals", "key": "q:signals", "id": "1-0", "data": {"a": 1}}') == b""
 
 
@@ -59,8 +61,8 @@ def test_entries_are_taken_by_stream_and_losses_are_none(file: Path) -> None:
     assert source.peek("signals", 5) == ITEMS[5]
     assert source.peek("signals", 6) is None
     assert source.take("signals", 2) == list(ITEMS[:2])
-    assert [entry.fields for entry in source.entries(9)] == [item.fields for item in ITEMS[6:]]
-    assert source.left() == {"signals": 4}
+    assert [entry.fields for entry in source.entries(9)] == [item.fields for item in ITEMS[6:8]]
+    assert source.left() == {"signals": 4, ITEMS[8].stream: 1}
 
 
 def test_entries_are_taken_as_long_as_they_are_equal(file: Path) -> None:
