@@ -31,7 +31,7 @@ from streams.store import (
     RewoundError,
 )
 from streams.topics import Topics, partition_of
-from worker.carriage import Load, Sent, load_of
+from worker.carriage import STAGE, Load, Sent, load_of
 from worker.errors import CheckFailed, Unavailable
 from worker.http import Condition
 from worker.lease import LeaseKeeper
@@ -39,9 +39,6 @@ from worker.lookout import Lookout
 from worker.metrics import BridgeMetrics
 from worker.outages import KAFKA, OWNER, BridgeStatus, Outages, Stopped
 from worker.sink import KafkaSink, Record, SinkBrokenError
-
-STAGE = "bridge"
-"""The stage that a bridge owns, and the part of the state that it keeps."""
 
 OFFSETS = b"offsets"
 WAIT_S = 0.25

@@ -20,6 +20,8 @@ from streams.topics import partition_of
 from streams.validation import BadBarError, Raw, is_closed
 
 STAGE = "bridge"
+"""The stage that a bridge owns, and the part of the state that it keeps."""
+
 FIELDS = ("symbol", "ts", "interval", "open", "high", "low", "close", "volume", "closed")
 
 

@@ -27,7 +27,8 @@ from tests.chaos.scene import Fields, feed, market
 from tests.chaos.servers import Server
 from tests.helpers import environment, free_port, quartet, wait_for
 from tests.kafka.cluster import Cluster, mock_cluster, read
-from worker.bridge import STAGE, Bridge, BridgeOptions
+from worker.bridge import Bridge, BridgeOptions
+from worker.carriage import STAGE
 from worker.errors import CheckFailed
 from worker.lease import LeaseKeeper
 from worker.logs import make_logger

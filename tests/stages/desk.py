@@ -128,8 +128,7 @@ class StagesDesk:
             before = self._ends()
             for name in names or self.stages:
                 one = self.stages[name]
-                if hasattr(one, "_orders_at"):
-                    one._orders_at = -1.0
+                one._orders_at = -1.0
                 one._idle_since = one._idle_since or 0.0
                 one._turn()
             waiting = any(getattr(one, "steering", None) and one.steering.waiting for one in self.stages.values())

@@ -133,6 +133,19 @@ def test_a_run_until_idle_does_not_end_between_what_is_gone_and_what_follows_it(
     assert [e["evidence"]["lost"] for e in desk.events("gap") if e["reason"] == "lost"] == [6]
 
 
+def test_orders_that_are_gone_stop_nobody_and_are_told_of_by_each_who_reads_them(desk):
+    desk.feed(BARS[:90])
+    desk.order(Order("mute", "xgboost", by="a test"))
+    for _ in range(2):
+        desk.streams.add(KEYS.control, {b"data": Order("unmute", "xgboost", by="a test").encode()})
+    desk.streams.trim(KEYS.control, 0)
+    desk.feed(BARS[90:100])
+    details = [e["detail"] for e in desk.events("gap") if e["reason"] == "lost"]
+    told = f"2 orders are gone from {KEYS.control} before they were read: order again what is missing"
+    assert details == [told] * 3, "two agents and the consensus"
+    assert len(desk.signals()) == 100 - 58
+
+
 def test_a_hot_reload_reaches_one_agent_and_no_other(desk, folder, tmp_path):
     import shutil
 

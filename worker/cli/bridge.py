@@ -68,7 +68,8 @@ def _carry(settings: Settings, options: BridgeOptions, log: FilteringBoundLogger
     from streams.redis import RedisStore, connect
     from streams.topics import Topics
     from worker.assembly import open_client, rules_of, server_url
-    from worker.bridge import STAGE, Bridge
+    from worker.bridge import Bridge
+    from worker.carriage import STAGE
     from worker.errors import UsageError
     from worker.http import HttpServer, Probes
     from worker.lease import LeaseKeeper

@@ -12,8 +12,7 @@ from agents.agent import Refusal
 from agents.artifacts import Loading
 from streams.codec import StateCorruptError, encode_reject
 from streams.messages import CANARY, AgentState, Bar, Event, Reason
-from streams.redis import with_baseline
-from streams.store import Batch, Commit, InputLostError, Snapshot
+from streams.store import Commit, Snapshot
 from worker.batches import Fields
 from worker.builds import placed
 from worker.encoding import encoded_events
@@ -23,9 +22,6 @@ from worker.roster import Artifact, Record, records_of
 from worker.stages.agents import AgentGroup, AgentReport, trial_seat
 from worker.voting import Seat
 
-ORDERS_EVERY_S = 0.1
-"""While bars flow, orders are looked for no more often than this."""
-MOST_ORDERS = 16
 LOADING_WAIT_S = 0.02
 
 _REBUILT = Refusal(Reason.OPERATOR, "the state was computed anew, and nothing is known of its votes: order it again")
@@ -39,7 +35,6 @@ class HoldsAgents(Process):
     _shelf: Shelf
     _loadings: list[Loading]
     _states: dict[str, tuple[str | None, ...]]
-    _orders_at = 0.0
     _folder_at = 0.0
 
     def _hold(self, shelf: Shelf, names: Sequence[str], records: Mapping[str, Record]) -> None:
@@ -111,34 +106,16 @@ class HoldsAgents(Process):
 
     def _steer(self) -> Steered:
         """Change the agents by what operators ordered and the folder brought, as far as it is loaded."""
-        now = time.monotonic()
-        if not self.steering.waiting and (self._idle_since is not None or now - self._orders_at >= ORDERS_EVERY_S):
-            self._orders_at = now
-            self._read_orders()
+        if not self.steering.waiting:
+            self.steering.receive(self._read_orders())
         if self.options.reload.is_set():
             self.options.reload.clear()
             self.steering.reload_all("SIGHUP")
+        now = time.monotonic()
         if self.settings.watch_s and now - self._folder_at >= self.settings.watch_s:
             self._folder_at = now
             self.steering.look(self.group)
         return self.steering.take(self.group)
-
-    def _read_orders(self) -> None:
-        key = self.keys.control
-        try:
-            batch: Batch = self._reaching(lambda: self.store.read(self.position, [key], MOST_ORDERS))
-        except InputLostError as error:
-            self._lose_orders(error)
-            return
-        self.position = with_baseline(self.position, batch.facts)
-        self.steering.receive(batch.entries)
-
-    def _lose_orders(self, error: InputLostError) -> None:
-        """Orders that are gone were not carried out; no bar depends on them, so say it and go on."""
-        detail = f"{error.lost} orders are gone from {error.key} before they were read: order again what is missing"
-        self.log.error("orders lost", reason="lost", key=error.key, lost=error.lost)
-        event = Event("gap", reason="lost", detail=detail, evidence={"key": error.key, "lost": error.lost})
-        self._skip_lost(error, event, {})
 
     def _settle(self, steered: Steered) -> None:
         """Commit changes that no bar follows."""

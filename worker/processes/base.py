@@ -43,6 +43,9 @@ LAST_TRIES_S = 1.0
 """How long a process that is told to stop goes on trying to reach the server."""
 LAST_PAUSE_S = 0.1
 LEVELS_EVERY_S = 2.0
+ORDERS_EVERY_S = 0.1
+"""While bars flow, orders are looked for no more often than this."""
+MOST_ORDERS = 16
 POISON_DEATHS = 3
 
 WARNINGS = ("revision", "feed_unhealthy", "reload_refused", "order_refused", "rolled_back")
@@ -111,6 +114,7 @@ class Process(ABC):
         self._cautious = 0
         self._idle_since: float | None = None
         self._levels_at = 0.0
+        self._orders_at = 0.0
 
     @property
     def name(self) -> str:
@@ -307,6 +311,27 @@ class Process(ABC):
     @abstractmethod
     def _start_anew(self, key: str) -> Mapping[str, Fields]:
         """Forget what entries of `key` that are gone would have continued; the state to commit."""
+
+    def _read_orders(self) -> Sequence[Entry]:
+        """Operators' orders that came since; none before it is time to look again."""
+        now, key = time.monotonic(), self.keys.control
+        if self._idle_since is None and now - self._orders_at < ORDERS_EVERY_S:
+            return ()
+        self._orders_at = now
+        try:
+            batch: Batch = self._reaching(lambda: self.store.read(self.position, [key], MOST_ORDERS))
+        except InputLostError as error:
+            self._lose_orders(error)
+            return ()
+        self.position = with_baseline(self.position, batch.facts)
+        return batch.entries
+
+    def _lose_orders(self, error: InputLostError) -> None:
+        """Orders that are gone were not carried out; no bar depends on them, so say it and go on."""
+        detail = f"{error.lost} orders are gone from {error.key} before they were read: order again what is missing"
+        self.log.error("orders lost", reason="lost", key=error.key, lost=error.lost)
+        event = Event("gap", reason="lost", detail=detail, evidence={"key": error.key, "lost": error.lost})
+        self._skip_lost(error, event, {})
 
     def _skip_lost(self, error: InputLostError, event: Event, state: Mapping[str, Fields]) -> None:
         """Go on behind entries that are gone, with an event that says so."""

@@ -13,15 +13,7 @@ from numpy.typing import NDArray
 from streams.codec import encode_reject
 from streams.keys import CONSENSUS
 from streams.messages import CANARY, AgentState, Entry, Event, Reason, Reject
-from streams.redis import with_baseline
-from streams.store import (
-    Batch,
-    Commit,
-    InputLostError,
-    RewoundError,
-    Snapshot,
-    id_tuple,
-)
+from streams.store import Commit, RewoundError, Snapshot, id_tuple
 from worker import control
 from worker.batches import STATES, Ballot, Fields, Vectors
 from worker.builds import placed, started
@@ -29,7 +21,6 @@ from worker.control import BadOrderError, Order
 from worker.decoding import SeriesBook, Vote, ballot_of, checked_vote, read_vectors
 from worker.encoding import encoded_events, signals_output
 from worker.pipeline import Result
-from worker.processes.agents import MOST_ORDERS, ORDERS_EVERY_S
 from worker.processes.base import WAIT_S
 from worker.processes.joining import ConsensusStore, JoinsVotes, Read
 from worker.reload import Steered
@@ -67,7 +58,6 @@ class ConsensusProcess(JoinsVotes):
         self.patience = Patience(settings.deadline_s, LONGEST_LOOK_S)
         self._thresholds: Mapping[str, float] = {}
         self._asked_at: float | None = None
-        self._orders_at = 0.0
         self._facts: dict[str, dict[str, str]] = {}
         self._decoded = {}
 
@@ -181,19 +171,9 @@ class ConsensusProcess(JoinsVotes):
 
     def _orders(self) -> Steered:
         """What no agent's process does with orders: refuse what is none, and forgive missed deadlines."""
-        now = time.monotonic()
-        if self._idle_since is None and now - self._orders_at < ORDERS_EVERY_S:
-            return Steered()
-        self._orders_at = now
-        key = self.keys.control
-        try:
-            batch: Batch = self._reaching(lambda: self.store.read(self.position, [key], MOST_ORDERS))
-        except InputLostError as error:
-            self._skip_lost(error, Event("gap", reason="lost", detail=str(error), evidence={"key": key}), {})
-            return Steered()
-        self.position = with_baseline(self.position, batch.facts)
+        entries = self._read_orders()
         events, rejects = [], []
-        for entry in batch.entries:
+        for entry in entries:
             try:
                 order = control.parse(entry, self.settings.agents)
             except BadOrderError as error:
@@ -201,7 +181,7 @@ class ConsensusProcess(JoinsVotes):
                 continue
             if order.order == "unmute" and (event := self._forgive(order)) is not None:
                 events.append(event)
-        return Steered(batch.entries, events, rejects)
+        return Steered(entries, events, rejects)
 
     def _forgive(self, order: Order) -> Event | None:
         """Missed deadlines mute no longer; the order itself is answered by the agent's process."""
