@@ -6,56 +6,24 @@ safeguard: its limit on the share of one action is set so low that any three-way
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
 import sys
 import time
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import redis
 
 from tests.chaos.scene import TREES, market
+from tests.dashboards.scrape import Seen, child, filled, prometheus, up
 from tests.dashboards.test_generated import WITH_QUERIES, board, panels, rules
-from tests.helpers import LIMIT_S, ROOT, environment, free_port, wait_for
+from tests.helpers import environment, free_port, wait_for
 
 AGENTS = ("xgboost", "lightgbm", "nhits")
-SCRAPE = "1s"
 ROUNDS = 4
 """Portions in which the bars come, so that there are rates to be seen."""
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A Prometheus after the run: where it answers, and from when to when (Unix time) it scraped."""
-
-    url: str
-    start: float
-    end: float
-
-    def ask(self, path: str, **parameters: str | float) -> Any:
-        with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}") as answer:
-            body = json.load(answer)
-        assert body["status"] == "success", body
-        return body["data"]
-
-    def over_time(self, expr: str) -> list[Any]:
-        return self.ask("query_range", query=expr, start=self.start, end=self.end, step=0.5)["result"]
-
-    def data(self, target: dict[str, Any], agent: str) -> list[Any]:
-        """What a panel's query returns to Grafana, over the run or at its end."""
-        expr = filled(target["expr"], agent)
-        return self.over_time(expr) if target["range"] else self.at_end(expr)
-
-    def at_end(self, expr: str) -> list[Any]:
-        return self.ask("query", query=expr, time=self.end)["result"]
 
 
 def train(folder: Path) -> None:
@@ -79,7 +47,7 @@ def entries() -> list[dict[bytes, bytes]]:
 def seen(tmp_path_factory: pytest.TempPathFactory, valkey: str, needs: Callable[[str], str]) -> Iterator[Seen]:
     folder = tmp_path_factory.mktemp("run")
     train(folder / "models")
-    port, listen = free_port(), free_port()
+    port = free_port()
     settings = {
         "QUARTET_WARMUP_BARS__V3": "30",
         "QUARTET_AGENTS": ",".join(AGENTS),
@@ -88,50 +56,15 @@ def seen(tmp_path_factory: pytest.TempPathFactory, valkey: str, needs: Callable[
         "NUMBA_CACHE_DIR": os.environ["NUMBA_CACHE_DIR"],
     }
     flags = ["--redis", valkey, "--namespace", folder.name, "--models", folder / "models", "--state-dir", folder]
-    (folder / "prometheus.yml").write_text(
-        f"global: {{scrape_interval: {SCRAPE}, scrape_timeout: {SCRAPE}, evaluation_interval: 1s}}\n"
-        f"rule_files: ['{ROOT}/dashboards/prometheus/rules.yml']\n"
-        f"scrape_configs: [{{job_name: quartet, static_configs: [{{targets: ['127.0.0.1:{port}']}}]}}]\n"
-    )
-    worker = [sys.executable, "-m", "worker", "run", *flags, "--http-port", str(port)]
-    prometheus = [needs("prometheus"), "--config.file=prometheus.yml", "--storage.tsdb.path=data"]
+    worker = [sys.executable, "-m", "worker", "run", *flags, "--http-port", port]
     with (
-        (folder / "worker.log").open("wb") as log,
-        (folder / "prometheus.log").open("wb") as prometheus_log,
-        _child(worker, folder, log, environment(settings)) as life,
-        _child([*prometheus, f"--web.listen-address=127.0.0.1:{listen}"], folder, prometheus_log, None) as scraper,
+        prometheus(needs("prometheus"), folder, {"quartet": port}) as scraping,
+        child(worker, folder, folder / "worker.log", environment(settings)) as life,
     ):
-        url = f"http://127.0.0.1:{listen}"
-        exposition = f"http://127.0.0.1:{port}/metrics"
-        ended = lambda: life.poll() is not None or scraper.poll() is not None  # noqa: E731
-        wait_for(lambda: ended() or (_up(f"{url}/-/ready") and _up(exposition)))
+        wait_for(lambda: life.poll() is not None or up(f"http://127.0.0.1:{port}/metrics"))
         start = time.time()
-        assert not ended(), (folder / "worker.log").read_text() + (folder / "prometheus.log").read_text()
-        yield Seen(url, start, _feed(Seen(url, start, start), valkey, folder.name))
-
-
-class _child:
-    """A process that is asked to end, by its own id, when the block does."""
-
-    def __init__(self, command: list[Any], folder: Path, log: Any, env: Any) -> None:
-        self._process = subprocess.Popen(
-            [str(part) for part in command], cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT
-        )
-
-    def __enter__(self) -> subprocess.Popen[bytes]:
-        return self._process
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait(LIMIT_S)
-
-
-def _up(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=1.0) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
+        assert life.poll() is None, (folder / "worker.log").read_text()
+        yield Seen(scraping.url, start, _feed(scraping, valkey, folder.name))
 
 
 def _feed(seen: Seen, url: str, namespace: str) -> float:
@@ -148,19 +81,14 @@ def _feed(seen: Seen, url: str, namespace: str) -> float:
                 pipe.xadd(f"{namespace}:bars", fields)
             pipe.execute()
             sent = min(first + size, len(rows))
-            wait_for(lambda sent=sent: _value(seen, "sum(quartet_bars_total)") == sent)
+            wait_for(lambda sent=sent: seen.now("sum(quartet_bars_total)") == sent)
     # Scores, drift and lengths are published every couple of seconds.
     for metric in ("quartet_agent_hit_ratio", "quartet_feature_drift", 'quartet_stream_length{stream="signals"}'):
-        wait_for(lambda metric=metric: _value(seen, f"count({metric})") > 0)
-    wait_for(lambda: _value(seen, 'quartet_stream_lag{stream="bars"}') == 0)
+        wait_for(lambda metric=metric: seen.now(f"count({metric})") > 0)
+    wait_for(lambda: seen.now('quartet_stream_lag{stream="bars"}') == 0)
     scraped: list[float] = []
-    wait_for(lambda: bool(scraped.append(_value(seen, "max(timestamp(quartet_ensemble_agents))"))) or scraped[-1] > 0)
+    wait_for(lambda: bool(scraped.append(seen.now("max(timestamp(quartet_ensemble_agents))"))) or scraped[-1] > 0)
     return scraped[-1]
-
-
-def _value(seen: Seen, expr: str) -> float:
-    result = seen.ask("query", query=expr)["result"]
-    return float(result[0]["value"][1]) if result else -1.0
 
 
 def test_in_the_run_an_agent_was_muted_an_artifact_refused_and_bars_rejected(seen: Seen) -> None:
@@ -173,15 +101,7 @@ def test_in_the_run_an_agent_was_muted_an_artifact_refused_and_bars_rejected(see
     assert bars["duplicate"] == 4
 
 
-def filled(expr: str, agent: str) -> str:
-    """The expression as Grafana sends it."""
-    for name, value in {"$__rate_interval": "5s", "$interval": "60", "$agent": agent}.items():
-        expr = expr.replace(name, value)
-    assert "$" not in re.sub(r"\$(?=\")", "", expr)
-    return expr
-
-
-@pytest.mark.parametrize("name", [name for name in WITH_QUERIES if name != "kafka.json"])
+@pytest.mark.parametrize("name", [name for name in WITH_QUERIES if name != "kafka.json"])  # tests/kafka has it
 def test_every_query_of_every_panel_returns_data(seen: Seen, name: str) -> None:
     # A refused agent has neither a version nor votes' figures: those of the others must be there.
     asked = [

@@ -102,10 +102,10 @@ class Group:
     def serve(self, *arguments: str, **env: str) -> Life:
         """Start a worker and wait until it has taken partitions over."""
         lives = [self.start(*arguments, **env)]
-        self.keep(lives, lambda: "partitions taken over" in lives[0].text, **env)
+        self.keep(lives, lambda: "partitions taken over" in lives[0].text, *arguments, **env)
         return lives[0]
 
-    def keep(self, lives: list[Life], condition: Callable[[], bool], **env: str) -> None:
+    def keep(self, lives: list[Life], condition: Callable[[], bool], *arguments: str, **env: str) -> None:
         """Wait for `condition`; as a service manager does, start again what has ended because it stood still.
 
         librdkafka's mock cluster now and then loses a member while a group changes, and it is left without an answer.
@@ -115,7 +115,7 @@ class Group:
             for place, life in enumerate(lives):
                 if not life.alive():
                     assert life.wait() in (UNAVAILABLE, FENCED), life.text
-                    lives[place] = self.start(**env)
+                    lives[place] = self.start(*arguments, **env)
             return condition()
 
         wait_for(holds, 3 * LIMIT_S)
