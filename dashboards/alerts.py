@@ -168,8 +168,8 @@ def tickets() -> list[Alert]:
         Alert(
             "QuartetLagGrowing",
             TICKET,
-            f"max by (stream) (min_over_time(quartet_stream_lag[5m])) > {LEAST_EVENTS}"
-            " and max by (stream) (deriv(quartet_stream_lag[5m])) > 0",
+            f"max by (stream) (min_over_time(quartet_stream_lag[5m]) > {LEAST_EVENTS}"
+            " and deriv(quartet_stream_lag[5m]) > 0)",
             "5m",
             "The lag of {{ $labels.stream }} grows",
             "At least {{ $value }} entries of {{ $labels.stream }} wait all the time, and they get more: the worker "

@@ -145,6 +145,11 @@ CASES = (
             # The worker was away for a while and catches up: it jumped, and only falls since.
             {'quartet_stream_lag{stream="bars"}': "0x80 9000-50x120"},
             {'quartet_stream_lag{stream="bars"}': " ".join(["0 5000 2500 0"] * 40)},
+            # Nobody's grows who has many: a bridge catches up, and a worker has a few.
+            {
+                'quartet_stream_lag{stream="bars",instance="bridge"}': "9000-10x160",
+                'quartet_stream_lag{stream="bars",instance="worker"}': "0+1x160",
+            },
         ),
         # The least of the last five minutes is the sample of 26 minutes, the 105th.
         "31m",
