@@ -34,8 +34,11 @@ _SUFFIXES = (".jsonl.zst", ".zst", "")
 _DATA = b',"data":'
 _STREAM = b'{"stream":"'
 _AT = len(_STREAM)
+_KEY = b'","key":"'
+_ID = b'","id":"'
 _RAW = b'"raw":'
 _HEAD = 32
+_BRACE = ord("}")
 _ENTRY_ENDS = b"}]"
 
 
@@ -128,10 +131,16 @@ _stream_of_head = lru_cache(maxsize=4096)(_read_stream)
 
 def stream_of(line: bytes) -> bytes:
     """The stream of an entry's line as `encode` writes it, empty for any other line; nothing is decoded."""
-    if len(line) < 2 or line[-2] not in _ENTRY_ENDS:
+    if len(line) < 2 or line[-1] != _BRACE or line[-2] not in _ENTRY_ENDS:
         return b""
     stream = _stream_of_head(line[:_HEAD])
     return _read_stream(line) or b"" if stream is None else stream
+
+
+def key_of(line: bytes) -> bytes:
+    """The key of an entry's line as `encode` writes it, with what JSON escapes in it."""
+    at = line.find(_KEY) + len(_KEY)
+    return line[at : line.find(_ID, at)]
 
 
 def holds(line: bytes, data: bytes) -> bool:
@@ -308,15 +317,16 @@ class Recording:
 
     def blocks(self) -> Iterator[list[bytes]]:
         """Lines, a frame at a time, headers left out."""
+        cut = 0
         for path, _ in self.parts():
-            if self.cut:
+            if cut:
                 raise RecordingError(f"{path}: the part before it is cut; it was not finished by the recorder")
             frames = Frames(path)
             first = True
             for lines in frames:
                 yield lines.splitlines()[first:]
                 first = False
-            self.cut = frames.cut
+            cut = self.cut = frames.cut
 
     def __iter__(self) -> Iterator[Item]:
         """Every entry, in the order of the file."""

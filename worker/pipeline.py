@@ -36,8 +36,6 @@ from worker.stages.lateness import Lateness
 from worker.voting import Seat, Stopwatch, VotingStage
 
 PARTS = (*features.PARTS, *agents.PARTS, *consensus_stage.PARTS)
-
-
 NO_ROWS = np.zeros(0, np.int64)
 
 
@@ -174,7 +172,7 @@ class Pipeline:
             counted, muted = self._without_late(vectors, ballots)
             signals, concerns = self.consensus.process(vectors, counted, self.agents.thresholds)
             events = [*vectors.accepted.events, *bar_by_bar(vectors, [*verdicts, *muted, *concerns])]
-        return Result(vectors.accepted, vectors, ballots, signals, {}, events, (), counted)
+        return Result(vectors.accepted, vectors, ballots, signals, state={}, events=events, decided_on=counted)
 
     def _without_late(self, vectors: Vectors, ballots: list[Ballot]) -> tuple[list[Ballot], list[Event]]:
         if self.lateness is None:

@@ -282,7 +282,9 @@ class VotingStage:
 
     def vote(self, vectors: Vectors, stopwatch: Stopwatch = nullcontext) -> list[Ballot]:
         """One ballot an agent, in the order of the seats; the models run side by side."""
-        return [ballot.result() for ballot in self.ask(vectors, stopwatch)]
+        ballots = [ballot.result() for ballot in self.ask(vectors, stopwatch)]
+        self._asked.clear()  # or it would hold a model that is replaced
+        return ballots
 
     def ask(self, vectors: Vectors, stopwatch: Stopwatch = nullcontext) -> list[Future[Ballot]]:
         """As `vote`, without waiting for the ballots; an agent that is asked again answers in order."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import orjson
 import pytest
 
-from streams.recording import Item, Lost, Recorded, Recording, Writer, decode, encode, holds, stream_of
+from streams.recording import Item, Lost, Recorded, Recording, Writer, decode, encode, holds, key_of, stream_of
 from worker.replay.source import Source
 
 PAYLOADS = (
@@ -51,9 +52,16 @@ def test_a_line_tells_its_stream_and_its_data_without_being_decoded(item: Record
 
 
 def test_neither_a_loss_nor_a_line_with_other_spaces_has_a_stream_by_its_bytes() -> None:
-    assert stream_of(encode(Lost("signals", "q:signals", "1-0", 3))) == b""
+    lost = encode(Lost("signals", "q:signals", "1-0", 3))
+    assert [stream_of(line) for line in (lost, lost + b" ")] == [b"", b""]
     assert [stream_of(line) for line in (b"", b"}", b"}}", b'{"stream":"bars}}')] == [b""] * 4
     assert stream_of(b'{ "stream": "signals", "key": "q:signals", "id": "1-0", "data": {"a": 1}}') == b""
+
+
+@pytest.mark.parametrize("key", ["q:bars", 'a","id":"b', "candles-\u00e9"])
+def test_a_line_tells_its_key_as_json_has_it(key: str) -> None:
+    line = encode(Recorded("bars", key, "1-0", {b"symbol": b"A"}))
+    assert orjson.loads(b'"' + key_of(line) + b'"') == key
 
 
 def test_entries_are_taken_by_stream_and_losses_are_none(file: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import threading
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -11,14 +13,16 @@ from typing import Any
 
 import pytest
 
-from streams.recording import Item, Recorded, Recording
+from streams.recording import Item, Recorded, Recording, Writer, read_header
 from streams.redis import connect
 from streams.store import id_tuple
 from tests.chaos.scene import feed, market
 from tests.replay.scene import Scene, edited, rewrite
 from worker.control import Order
 from worker.errors import CheckFailed
-from worker.replay.verify import Verdict
+from worker.pipeline import Pipeline, Result, Underway
+from worker.replay.chain import AHEAD
+from worker.replay.verify import TURN_S, Verdict
 
 Day = tuple[Scene, Path]
 VOTES = ("votes:xgboost", "votes:lightgbm", "votes:nhits", "votes:patchtst")
@@ -383,6 +387,81 @@ def test_a_key_that_came_late_with_early_ids_is_refused_and_never_called_differe
     for batch_size in (256, 7):
         with pytest.raises(CheckFailed, match=r"took SYN01\|1m\|\d+ before SYN02\|1m\|\d+, though"):
             scene.verify(file, batch_size=batch_size)
+
+
+def test_a_key_that_grew_while_another_was_read_is_refused_in_any_batches(scene: Scene, tmp_path: Path) -> None:
+    """The first batches are of one key alone; what was found out later about others does not come too late."""
+    keys = (f"{scene.namespace}x:a", f"{scene.namespace}x:b")
+    scene.further |= {"bars": keys}
+    one, other = _of_symbols(60)
+    feed(scene.url, keys[0], one[:30])
+    feed(scene.url, keys[1], other, first=100)
+    scene.work()
+    feed(scene.url, keys[0], one[30:], first=30)
+    scene.work()
+    file = tmp_path / "late.jsonl.zst"
+    scene.record(file)
+    for batch_size in (256, 7, 2):
+        with pytest.raises(CheckFailed, match=r"took SYN02\|1m\|\d+ before SYN01\|1m\|\d+, though"):
+            scene.verify(file, batch_size=batch_size)
+
+
+def test_what_a_killed_recorder_left_is_verified_without_its_unfinished_frame(day: Day, tmp_path: Path) -> None:
+    scene, file = day
+    parts = [tmp_path / f"{name}.jsonl.zst" for name in ("whole", "cut")]
+    with Writer(parts[0]) as writer:
+        writer.header({name: value for name, value in read_header(file).items() if name != "recording"})
+        for place, item in enumerate(Recording(file)):
+            writer.add(item)
+            if place % 1000 == 999:
+                writer.flush()
+    whole = parts[0].read_bytes()
+    parts[1].write_bytes(whole[:-200])
+    found = scene.verify(parts[1])
+    assert found.same
+    assert 0 < found.bars < scene.verify(parts[0]).bars
+    assert [note for note in found.notes if "unfinished frame" in note]
+
+
+@pytest.mark.parametrize("batch_size", [7, 256])
+def test_the_next_batch_is_begun_before_one_is_compared(
+    day: Day, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene, file = day
+    underway: list[int] = [0]
+    began, finished = Pipeline.begin, Pipeline.finish
+
+    def begin(pipeline: Pipeline, *given: Any, **named: Any) -> Underway:
+        underway.append(underway[-1] + 1)
+        return began(pipeline, *given, **named)
+
+    def finish(pipeline: Pipeline, *given: Any) -> Result:
+        underway.append(underway[-1] - 1)
+        return finished(pipeline, *given)
+
+    monkeypatch.setattr(Pipeline, "begin", begin)
+    monkeypatch.setattr(Pipeline, "finish", finish)
+    assert scene.verify(file, batch_size=batch_size).ok
+    assert max(underway) == AHEAD
+    assert scene.verify(file, batch_size=batch_size, restart_every=1).ok
+    assert underway[-1] == 0
+
+
+def test_an_error_while_models_compute_leaves_no_thread_and_the_usual_turns(
+    day: Day, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene, file = day
+    before, turns = {thread.name for thread in threading.enumerate()}, sys.getswitchinterval()
+
+    def fail(*given: Any, **named: Any) -> None:
+        assert sys.getswitchinterval() == pytest.approx(TURN_S)
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("worker.replay.verify.compare_batch", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        scene.verify(file, batch_size=7)
+    assert {thread.name for thread in threading.enumerate()} <= before
+    assert sys.getswitchinterval() == turns
 
 
 def test_of_several_keys_too_an_absent_vector_and_one_too_many_are_differences(scene: Scene, tmp_path: Path) -> None:

@@ -94,7 +94,6 @@ class Chain:
         self.shelf = Shelf(self.settings.models, load_options(self._applied))
         self._wanted: dict[str, Artifact] = {}
         self._steps = steps_in_order(self.outline)
-        self.keys: set[str] = set()
         self._gaps = {key: list(gaps) for key, gaps in self.outline.gaps.items()}
         self._left_out = frozenset(self.outline.left_out)
         self._state: State = defaultdict(dict)
@@ -120,9 +119,9 @@ class Chain:
         underway: deque[Underway] = deque()
         held: list[Entry] = []
         while held := held or self._entries(batch_size):
-            restarts = self.restart_every is not None and self._batches % self.restart_every == 0 < self._batches
-            changes = restarts or self._is_due(held[0])
-            while underway and (changes or len(underway) == AHEAD or not self.pipeline.is_steady):
+            restarts = self._restart_is_due()
+            changing = restarts or self._is_due(held[0]) or not self.pipeline.is_steady
+            while underway and (changing or len(underway) == AHEAD):
                 yield self.pipeline.finish(underway.popleft(), stopwatch), self.recorded
             if restarts:
                 self._restart()
@@ -140,7 +139,6 @@ class Chain:
     def _entries(self, count: int) -> list[Entry]:
         """The next entries that the worker took in, at most `count`; none at the end."""
         while entries := self.source.entries(count):
-            self.keys |= {entry.key for entry in entries}
             if kept := [entry for entry in entries if not self._was_lost(entry)] if self._gaps else entries:
                 return kept
         return []
@@ -157,6 +155,9 @@ class Chain:
 
     def close(self) -> None:
         self.pipeline.voting.close()
+
+    def _restart_is_due(self) -> bool:
+        return bool(self.restart_every and self._batches) and self._batches % (self.restart_every or 1) == 0
 
     def _is_due(self, entry: Entry) -> bool:
         """Whether the next step comes before this entry."""
@@ -275,7 +276,7 @@ class Chain:
         if step.kind == "started":
             self._restart(step)
             return
-        if self._restarts_ahead:
+        if self._restarts_ahead:  # or what left by itself and comes back now would seem to have stayed
             self._keep()
         self._change(step)
         if self._restarts_ahead:

@@ -103,6 +103,7 @@ class Comparison:
                 self.compared[stream] += equal
                 self._last = max(self._last, self.bars + rows[done - 1])
             if payload is None:
+                assert done == len(rows)  # noqa: S101 - a message a row
                 return found
             different = self._unequal(stream, (rows[done], rank), payload, source, open_ended=open_ended)
             found += [((rows[done], rank), one) for one in different]

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from streams.messages import CANARY, Entry
-from streams.recording import Lost, Recorded, Recording, decode, stream_of
+from streams.recording import Lost, Recorded, Recording, decode, key_of, stream_of
 from streams.store import id_tuple
 from worker.roster import Artifact
 
@@ -60,7 +60,7 @@ class Step:
 
 @dataclass
 class Outline:
-    """How many bars there are, and every decision that bars and models alone do not explain.
+    """How many bars there are, of which keys, and every decision that bars and models alone do not explain.
 
     `lost` counts by stream what was trimmed before it was recorded, `gaps` are by key the IDs behind which the worker
     went on without entries, and without how many.
@@ -70,6 +70,7 @@ class Outline:
     """
 
     bars: int = 0
+    inputs: set[bytes] = field(default_factory=set)
     lost: Counter[str] = field(default_factory=Counter)
     gaps: dict[str, list[tuple[tuple[int, int], int]]] = field(default_factory=dict)
     left_out: set[tuple[str, str]] = field(default_factory=set)
@@ -79,7 +80,7 @@ class Outline:
     steps: list[Step] = field(default_factory=list)
     artifacts: dict[tuple[str, str], Artifact] = field(default_factory=dict)
     versions: dict[str, tuple[str | None, str]] = field(default_factory=dict)
-    _ordinary: dict[bytes, bytes] = field(default_factory=lambda: {_BARS: b""}, repr=False)
+    _ordinary: dict[bytes, bytes] = field(default_factory=dict, repr=False)
     """What an entry of a stream contains where it says nothing new."""
 
     # ------------------------------------------------------------------ entries
@@ -89,9 +90,12 @@ class Outline:
         ordinary = self._ordinary
         for line in lines:
             stream = stream_of(line)
-            known = ordinary.get(stream)
-            if known is not None and known in line:
-                self.bars += stream == _BARS
+            if stream == _BARS:
+                self.bars += 1
+                self.inputs.add(key_of(line))
+            elif stream in ordinary:
+                if ordinary[stream] not in line:
+                    self._take(decode(line))
             elif stream not in _NEWS or _NEWS[stream](line):
                 self._take(decode(line))
 
@@ -102,6 +106,7 @@ class Outline:
             return
         if stream == "bars":
             self.bars += 1
+            self.inputs.add(orjson.dumps(item.key)[1:-1])
         elif stream.startswith(VOTES):
             self._vote(item)
         elif stream == "features":

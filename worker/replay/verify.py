@@ -93,7 +93,7 @@ class Verdict:
 
 @dataclass
 class Clock:
-    """Seconds in which any model computed, for the summary."""
+    """Seconds in which any model computed, several at once counted once."""
 
     models_s: float = 0.0
     _computing: int = 0
@@ -102,12 +102,14 @@ class Clock:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        one = stage.startswith("agent:")
-        self._count(one)
+        if not stage.startswith("agent:"):
+            yield
+            return
+        self._count(1)
         try:
             yield
         finally:
-            self._count(-one)
+            self._count(-1)
 
     def _count(self, models: int) -> None:
         with self._lock:
@@ -181,7 +183,7 @@ def short_turns() -> Iterator[None]:
 
 def _run(chain: Chain, comparison: Comparison, clock: Clock, batch_size: int, progress: Progress) -> int:
     for result, recorded in chain.run(batch_size, clock):
-        if len(chain.keys) > 1 and not comparison.differences:
+        if len(chain.outline.inputs) > 1 and not comparison.differences:
             check_order(result.accepted.bars, chain.source)
         comparison.take(compare_batch(comparison, chain.source, result, recorded), len(result.accepted))
         progress(sum(result.accepted.outcomes.values()))
