@@ -1,4 +1,4 @@
-"""What all tests share: real servers, and the rule that a missing part never hides a failure.
+"""What all tests share: real servers, workers and models, and the rule that a missing part never hides a failure.
 
 `pytest` alone skips what this machine lacks; with `CI=true` the same test fails. Every server is
 a child of the test process and is stopped by its own process id.
@@ -12,12 +12,17 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from streams import embedded
 from tests.helpers import LIMIT_S, ROOT, answers, free_port, missing, wait_for
+
+if TYPE_CHECKING:
+    from tests.chaos.scene import Forge
 
 # Compiled kernels are kept between runs and shared by workers and by the programs that tests start.
 os.environ.setdefault("NUMBA_CACHE_DIR", str(ROOT / ".quartet" / "numba"))
@@ -84,3 +89,35 @@ def server(request: pytest.FixtureRequest) -> str:
 def namespace() -> str:
     """A namespace that no other test uses."""
     return f"t{os.getpid()}x{next(_numbers)}"
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[Forge]:
+    """The parent of the workers that tests start and kill."""
+    from tests.chaos.scene import forge
+
+    with forge() as parent:
+        yield parent
+
+
+@pytest.fixture(scope="session")
+def four_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four real models, small and quickly trained. Tests change copies only."""
+    from worker.training.market import generate
+    from worker.training.train import ensure_models
+
+    folder = tmp_path_factory.mktemp("models")
+    ensure_models(folder, generate(4, 900, 3, signal="planted").bars(), seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tree_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two real tree models, trained in an instant. Tests change copies only."""
+    from tests.chaos.scene import TREES
+    from worker.training.market import generate
+    from worker.training.train import train_agents
+
+    folder = tmp_path_factory.mktemp("models")
+    train_agents(generate(4, 600, 3, signal="planted").bars(), folder, agents=TREES, seed=1)
+    return folder

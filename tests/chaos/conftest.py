@@ -1,4 +1,4 @@
-"""One parent of workers and one folder of trained models for all chaos tests."""
+"""Workers on four models, to be killed."""
 
 from __future__ import annotations
 
@@ -8,24 +8,12 @@ from pathlib import Path
 import pytest
 
 from streams.messages import AGENTS
-from tests.chaos.scene import Forge, Stage, forge
+from tests.chaos.scene import Forge, Stage
 
 
 @pytest.fixture(scope="session")
-def workers() -> Iterator[Forge]:
-    with forge() as parent:
-        yield parent
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four real models, small and quickly trained."""
-    from worker.training.market import generate
-    from worker.training.train import ensure_models
-
-    folder = tmp_path_factory.mktemp("models")
-    ensure_models(folder, generate(4, 900, 3, signal="planted").bars(), seed=1)
-    return folder
+def models(four_models: Path) -> Path:
+    return four_models
 
 
 @pytest.fixture

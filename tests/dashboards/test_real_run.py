@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from tests.chaos.scene import TREES, market
+from tests.chaos.scene import market
 from tests.dashboards.scrape import Seen, child, filled, prometheus, up
 from tests.dashboards.test_generated import WITH_QUERIES, board, panels, rules
 from tests.helpers import environment, free_port, wait_for
@@ -24,15 +25,6 @@ from tests.helpers import environment, free_port, wait_for
 AGENTS = ("xgboost", "lightgbm", "nhits")
 ROUNDS = 4
 """Portions in which the bars come, so that there are rates to be seen."""
-
-
-def train(folder: Path) -> None:
-    """Two real tree models, and a network that is no network."""
-    from worker.training.market import generate
-    from worker.training.train import train_agents
-
-    train_agents(generate(4, 600, 3, signal="planted").bars(), folder, agents=TREES, seed=1)
-    (folder / "nhits_v20260101_000000_v3.pth").write_bytes(b"PK\x03\x04 cut")
 
 
 def entries() -> list[dict[bytes, bytes]]:
@@ -44,9 +36,13 @@ def entries() -> list[dict[bytes, bytes]]:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory, valkey: str, needs: Callable[[str], str]) -> Iterator[Seen]:
+def seen(
+    tmp_path_factory: pytest.TempPathFactory, tree_models: Path, valkey: str, needs: Callable[[str], str]
+) -> Iterator[Seen]:
+    """Of two real tree models, and a network that is no network."""
     folder = tmp_path_factory.mktemp("run")
-    train(folder / "models")
+    shutil.copytree(tree_models, folder / "models")
+    (folder / "models" / "nhits_v20260101_000000_v3.pth").write_bytes(b"PK\x03\x04 cut")
     port = free_port()
     settings = {
         "QUARTET_WARMUP_BARS__V3": "30",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.scene import TREES, Forge, forge
+from tests.chaos.scene import TREES, Forge
 from tests.kafka.cluster import Cluster, any_cluster
 from tests.kafka.scene import Group
 from worker.training.market import generate
@@ -26,17 +26,8 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def workers() -> Iterator[Forge]:
-    with forge() as parent:
-        yield parent
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two real tree models."""
-    folder = tmp_path_factory.mktemp("models")
-    train_agents(generate(4, 600, 3, signal="planted").bars(), folder, agents=TREES, seed=1)
-    return folder
+def models(tree_models: Path) -> Path:
+    return tree_models
 
 
 @pytest.fixture(scope="session")

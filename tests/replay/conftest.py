@@ -11,14 +11,8 @@ from tests.replay.scene import Scene
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four real models, small and quickly trained."""
-    from worker.training.market import generate
-    from worker.training.train import ensure_models
-
-    folder = tmp_path_factory.mktemp("models")
-    ensure_models(folder, generate(4, 900, 3, signal="planted").bars(), seed=1)
-    return folder
+def models(four_models: Path) -> Path:
+    return four_models
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Workers on real servers: one parent of the workers, two quickly trained models, and servers with options."""
+"""Workers of two tree models on real servers, and servers with options."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.scene import TREES, Fields, Forge, Life, Stage, forge, market
+from tests.chaos.scene import TREES, Fields, Forge, Life, Stage, market
 from tests.helpers import LIMIT_S, ROOT, wait_for
 
 ACL_FILE = ROOT / "deploy" / "redis" / "users.acl"
@@ -18,20 +18,8 @@ PASSWORDS = {name: f"{name}-secret" for name in ("worker", "feed", "reader", "op
 
 
 @pytest.fixture(scope="session")
-def workers() -> Iterator[Forge]:
-    with forge() as parent:
-        yield parent
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two real tree models."""
-    from worker.training.market import generate
-    from worker.training.train import train_agents
-
-    folder = tmp_path_factory.mktemp("models")
-    train_agents(generate(4, 600, 3, signal="planted").bars(), folder, agents=TREES, seed=1)
-    return folder
+def models(tree_models: Path) -> Path:
+    return tree_models
 
 
 @dataclass(frozen=True)

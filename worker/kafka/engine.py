@@ -129,9 +129,8 @@ class Engine:
     async def prepare(self) -> None:
         """Topics, models and the port, before this process asks for partitions."""
         self._ticker, self._looker = asyncio.ensure_future(self._tick()), asyncio.ensure_future(self._look())
-        (self.settings.state_dir / "kafka").mkdir(
-            parents=True, exist_ok=True
-        )  # Faust keeps a folder, and only makes that
+        # Faust keeps a folder there, and makes that one alone.
+        (self.settings.state_dir / "kafka").mkdir(parents=True, exist_ok=True)
         number = await check_topics(self._bootstrap, self.settings.namespace, self.settings.agents)
         self.log.info("broker", url=f"kafka://{self._bootstrap}", namespace=self.settings.namespace, partitions=number)
         probes = Probes(self._registry, self.health.last_beat, self.health.readiness)

@@ -33,13 +33,11 @@ def worst(states: Iterable[AgentState]) -> AgentState:
 
 
 def _least(values: Sequence[Any]) -> Any:
-    known = [value for value in values if value is not None]
-    return min(known) if known else None
+    return min((value for value in values if value is not None), default=None)
 
 
 def _most(values: Sequence[Any]) -> Any:
-    known = [value for value in values if value is not None]
-    return max(known) if known else None
+    return max((value for value in values if value is not None), default=None)
 
 
 def _union(values: Sequence[frozenset[str]]) -> frozenset[str]:

@@ -121,8 +121,7 @@ class Chain:
         while held := held or self._entries(batch_size):
             restarts = self._restart_is_due()
             changing = restarts or self._is_due(held[0]) or not self.pipeline.is_steady
-            while underway and (changing or len(underway) == AHEAD):
-                yield self.pipeline.finish(underway.popleft(), stopwatch), self.recorded
+            yield from self._finish(underway, 0 if changing else AHEAD - 1, stopwatch)
             if restarts:
                 self._restart()
             while self._is_due(held[0]):
@@ -133,7 +132,13 @@ class Chain:
             self._batches += 1
             if self._restarts_ahead:
                 self._unkept.append(underway[-1].vectors.accepted.rows)
-        while underway:
+        yield from self._finish(underway, 0, stopwatch)
+
+    def _finish(
+        self, underway: deque[Underway], most: int, stopwatch: Stopwatch
+    ) -> Iterator[tuple[Result, frozenset[str]]]:
+        """The oldest batches under way, until `most` are left."""
+        while len(underway) > most:
             yield self.pipeline.finish(underway.popleft(), stopwatch), self.recorded
 
     def _entries(self, count: int) -> list[Entry]:
@@ -157,7 +162,7 @@ class Chain:
         self.pipeline.voting.close()
 
     def _restart_is_due(self) -> bool:
-        return bool(self.restart_every and self._batches) and self._batches % (self.restart_every or 1) == 0
+        return bool(self.restart_every and self._batches and self._batches % self.restart_every == 0)
 
     def _is_due(self, entry: Entry) -> bool:
         """Whether the next step comes before this entry."""
