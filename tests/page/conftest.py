@@ -172,11 +172,14 @@ def worker(
         process.wait(LIMIT_S)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def live(valkey: str, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """A worker that has answered a market with a gap and a rejected bar, but for its last ten minutes."""
-    home = tmp_path_factory.mktemp("page") / "live"
-    with worker(valkey, "page-live", models, home) as (_, scene):
+    """A worker that has answered a market with a gap and a rejected bar, but for its last ten minutes.
+
+    Each module has its own: tests publish to it.
+    """
+    home = tmp_path_factory.mktemp("live")
+    with worker(valkey, home.name, models, home) as (_, scene):
         scene.publish(REJECTED_AT)
         scene.publish_impossible()
         scene.publish(BARS - 10 - REJECTED_AT)
