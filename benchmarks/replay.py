@@ -1,14 +1,14 @@
 """Verifying a long recording: its time against the models' own time on the same batches.
 
-    python -m benchmarks.replay [--json] [--bars 1000] [--models full|demo] [--runs 5]
+    python -m benchmarks.replay [--json] [--bars 2000] [--models full|demo] [--runs 5]
 
 A recording of 20 symbols is made in memory and written to disk. `verify` is everything after the models
 are loaded: reading twice, features, models, consensus, comparing. `models` is the voting stage alone, side
 by side as in the worker, over the same batches of the same vectors. Reading is not the limit while the
 ratio stays under 1.3.
 
-On one core the ratio is that of the work, and hardly moves. On all cores `models` lasts as long as its
-slowest model while `verify` can use what the others leave idle; every run and every neighbour differs.
+On one core the ratio is that of the work. On two, `models` keeps both busy as well, and reading the file for
+the first time leaves one of them idle. Every run and every neighbour differs.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def compare(file: Path, settings: Settings, models: dict[str, Model]) -> tuple[f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("--bars", type=int, default=1_000, help="bars of each symbol")
+    parser.add_argument("--bars", type=int, default=2_000, help="bars of each symbol")
     parser.add_argument("--models", choices=("full", "demo"), default="full", help="how large the models are")
     parser.add_argument("--runs", type=int, default=5, help="the figures are medians of so many runs")
     given = parser.parse_args()

@@ -98,10 +98,10 @@ class Bar:
     low: float
     close: float
     volume: float
+    bar_id: str = field(init=False, repr=False, compare=False)
 
-    @property
-    def bar_id(self) -> str:
-        return bar_id(self.symbol, self.interval, self.ts)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bar_id", bar_id(self.symbol, self.interval, self.ts))
 
     @property
     def ohlcv(self) -> tuple[float, float, float, float, float]:

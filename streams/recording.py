@@ -18,7 +18,6 @@ import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, Self
@@ -33,13 +32,10 @@ _CHUNK = 1 << 16
 _SUFFIXES = (".jsonl.zst", ".zst", "")
 _DATA = b',"data":'
 _STREAM = b'{"stream":"'
-_AT = len(_STREAM)
 _KEY = b'","key":"'
 _ID = b'","id":"'
 _RAW = b'"raw":'
-_HEAD = 32
-_BRACE = ord("}")
-_ENTRY_ENDS = b"}]"
+_ENTRY_ENDS = (b"}}", b"]}")
 
 
 class RecordingError(Exception):
@@ -117,30 +113,17 @@ def decode(line: bytes) -> Item:
         raise RecordingError(f"no entry of a recording: {line[:80]!r} ({error})") from error
 
 
-def _read_stream(head: bytes) -> bytes | None:
-    """The stream that a line with this beginning names, None where the name does not end there."""
-    if not head.startswith(_STREAM):
-        return b""
-    end = head.find(b'"', _AT)
-    return head[_AT:end] if end > 0 else None
-
-
-_stream_of_head = lru_cache(maxsize=4096)(_read_stream)
-"""Lines have few beginnings."""
-
-
 def stream_of(line: bytes) -> bytes:
     """The stream of an entry's line as `encode` writes it, empty for any other line; nothing is decoded."""
-    if len(line) < 2 or line[-1] != _BRACE or line[-2] not in _ENTRY_ENDS:
-        return b""
-    stream = _stream_of_head(line[:_HEAD])
-    return _read_stream(line) or b"" if stream is None else stream
+    end = line.find(b'"', len(_STREAM))
+    is_entry = line.startswith(_STREAM) and end > 0 and line.endswith(_ENTRY_ENDS)
+    return line[len(_STREAM) : end] if is_entry else b""
 
 
-def key_of(line: bytes) -> bytes:
-    """The key of an entry's line as `encode` writes it, with what JSON escapes in it."""
-    at = line.find(_KEY) + len(_KEY)
-    return line[at : line.find(_ID, at)]
+def key_of(text: bytes, begin: int = 0) -> bytes:
+    """The key of the entry's line that begins there as `encode` writes it, with what JSON escapes in it."""
+    at = text.find(_KEY, begin) + len(_KEY)
+    return text[at : text.find(_ID, at)]
 
 
 def holds(line: bytes, data: bytes) -> bool:
@@ -315,23 +298,23 @@ class Recording:
         """Whether the last part has no whole frame: a recorder was killed before it wrote an entry there."""
         return not following.exists() and next(iter(Frames(path)), None) is None
 
-    def blocks(self) -> Iterator[list[bytes]]:
-        """Lines, a frame at a time, headers left out."""
+    def texts(self) -> Iterator[bytes]:
+        """Whole lines, a frame at a time, headers left out."""
         cut = 0
         for path, _ in self.parts():
             if cut:
                 raise RecordingError(f"{path}: the part before it is cut; it was not finished by the recorder")
             frames = Frames(path)
             first = True
-            for lines in frames:
-                yield lines.splitlines()[first:]
+            for text in frames:
+                yield text.partition(b"\n")[2] if first else text
                 first = False
             cut = self.cut = frames.cut
 
     def __iter__(self) -> Iterator[Item]:
         """Every entry, in the order of the file."""
-        for lines in self.blocks():
-            yield from map(decode, lines)
+        for text in self.texts():
+            yield from map(decode, text.splitlines())
 
 
 def _base(path: Path, part: int) -> Path:

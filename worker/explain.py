@@ -20,7 +20,7 @@ from streams.contracts import FEATURE_SETS
 from streams.formats import FormatReader
 from streams.keys import Keys
 from streams.messages import AGENTS, CANARY, Action, AgentState, Bar, Entry
-from streams.recording import Recorded, Recording, RecordingError, encode
+from streams.recording import Recorded, Recording, RecordingError
 from streams.store import id_tuple
 from streams.validation import LATEST_TS_MS
 from worker import consensus
@@ -125,7 +125,8 @@ class ServerPlace:
         outline = Outline()
         for stream in ("events", "rejected"):
             entries = self._forwards(f"{self.keys.namespace}:{stream}")
-            outline.take(encode(Recorded(stream, entry.key, entry.id, entry.fields)) for entry in entries)
+            for entry in entries:
+                outline.note(Recorded(stream, entry.key, entry.id, entry.fields))
         return outline
 
     def _forwards(self, key: str) -> Iterator[Entry]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from streams.contracts import FEATURE_SETS, FeatureSet
 from streams.messages import AGENTS, CANARY, Action, AgentState, Reason
 from worker.batches import STATE_CODE, Ballot, Vectors
 from worker.features.windows import SequenceWindows
+from worker.lanes import Lanes
 
 log = structlog.get_logger()
 
@@ -185,14 +187,6 @@ def compute_alone() -> None:
         torch.set_num_threads(1)
 
 
-def _vote_after(
-    before: Future[Ballot] | None, stage: AgentStage, vectors: Vectors, windows: Mapping[str, Windows], watch: Stopwatch
-) -> Ballot:
-    if before is not None:
-        wait([before])
-    return stage.vote(vectors, windows, watch)
-
-
 def _reads(seat: Seat) -> tuple[str, int] | None:
     """The set and the window that a seat's model reads."""
     return None if seat.model is None else (seat.model.feature_set, seat.model.window)
@@ -211,8 +205,7 @@ class VotingStage:
         self.stages = sorted((AgentStage(seat) for seat in seats), key=_place)
         self._capacity = capacity
         self._windows: dict[str, SequenceWindows] = {}
-        self._threads = ThreadPoolExecutor(2 * max(len(seats), 1), "agent", initializer=compute_alone)
-        self._asked: dict[AgentStage, Future[Ballot]] = {}
+        self._lanes: Lanes[Ballot] = Lanes("agent", compute_alone)
         self._open_windows()
 
     @property
@@ -282,18 +275,19 @@ class VotingStage:
 
     def vote(self, vectors: Vectors, stopwatch: Stopwatch = nullcontext) -> list[Ballot]:
         """One ballot an agent, in the order of the seats; the models run side by side."""
-        ballots = [ballot.result() for ballot in self.ask(vectors, stopwatch)]
-        self._asked.clear()  # or it would hold a model that is replaced
-        return ballots
+        return [ballot.result() for ballot in self.ask(vectors, stopwatch)]
 
     def ask(self, vectors: Vectors, stopwatch: Stopwatch = nullcontext) -> list[Future[Ballot]]:
-        """As `vote`, without waiting for the ballots; an agent that is asked again answers in order."""
+        """As `vote`, without waiting for the ballots; an agent that is asked again answers in order.
+
+        No more models compute at once than there are cores, and the networks, which take longest, come first.
+        """
         windows = self._push(vectors)
-        self._asked = {
-            stage: self._threads.submit(_vote_after, self._asked.get(stage), stage, vectors, windows, stopwatch)
-            for stage in self.stages
+        asked = {
+            stage: self._lanes.submit(stage.seat.agent, partial(stage.vote, vectors, windows, stopwatch))
+            for stage in reversed(self.stages)
         }
-        return list(self._asked.values())
+        return [asked[stage] for stage in self.stages]
 
     def _push(self, vectors: Vectors) -> dict[str, Windows]:
         """Append the ready vectors to their rings and cut out the windows that the models read."""
@@ -323,4 +317,4 @@ class VotingStage:
             self._windows[name].restore(fields)
 
     def close(self) -> None:
-        self._threads.shutdown()
+        self._lanes.close()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import orjson
 import pytest
 
 from streams.recording import Item, Lost, Recorded, Recording, Writer, decode, encode, holds, key_of, stream_of
+from worker.replay.lines import lines_of
 from worker.replay.source import Source
 
 PAYLOADS = (
@@ -96,3 +98,31 @@ def test_lines_that_another_program_wrote_are_read_as_well(tmp_path: Path) -> No
     source = Source(Recording(path))
     assert source.take_equal("signals", iter([b'{"a":1}'])) == (1, None)
     assert source.left() == {}
+
+
+def odd_lines() -> list[bytes]:
+    """Lines of every kind, neighbours of one beginning and other ends among them."""
+    whole = [encode(item) for item in ITEMS]
+    lost = [encode(Lost(item.stream, item.key, item.id, 3)) for item in ITEMS]
+    cut = [line[:-1] for line in whole]
+    bad = [b"", b"}", b"}}", b'{"stream":"bars}}', b'{"stream":"bars"}}', b'{"stream":"' + b"y" * 60 + b"}}"]
+    short = [b'{"stream":"","key":"","id":"","data":{}}', b'{"stream":"s","key":"","id":"","data":{}}']
+    like = [encode(Recorded("votes:" + name, "q:v", "1-0", {b"data": b"{}"})) for name in ("x" * 14, "x" * 15, "x")]
+    spaced = [b'{ "stream": "signals", "key": "q:signals", "id": "1-0", "data": {"a": 1}}', b" " * 90]
+    return [*whole, *lost, *cut, *bad, *short, *like, *spaced]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_lines_of_a_text_are_those_between_its_ends_each_with_its_stream(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    known: dict[bytes, bytes] = {}
+    odd = odd_lines()
+    for _ in range(20):
+        lines = [odd[n] for n in rng.integers(0, len(odd), rng.integers(1, 12))]
+        text = b"\n".join(lines) + b"\n" * int(rng.integers(0, 2) or not lines[-1])
+        found = [(stream, text[begin:end]) for stream, begin, end in lines_of(text, known)]
+        assert found == [(stream_of(line), line) for line in lines]
+
+
+def test_an_empty_text_has_no_lines() -> None:
+    assert list(lines_of(b"", {})) == []

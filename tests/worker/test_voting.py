@@ -70,7 +70,8 @@ def test_a_model_that_raises_on_one_row_abstains_on_that_row_alone() -> None:
     assert ballot.confidence[others].tobytes() == alone.confidence.tobytes()
 
 
-def test_an_agent_that_is_asked_again_before_it_answered_answers_in_order() -> None:
+def test_an_agent_that_is_asked_again_before_it_answered_answers_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.lanes.cores", lambda: 2)
     values = some(5)
     free, asked = threading.Event(), []
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
 from streams.messages import CANARY, Entry
-from streams.recording import Lost, Recorded, Recording, decode, key_of, stream_of
+from streams.recording import Lost, Recorded, Recording, decode, key_of
 from streams.store import id_tuple
+from worker.replay.lines import Line, read_lines
 from worker.roster import Artifact
 
 DECIDED_THEN = ("future", "poison")
@@ -85,21 +85,21 @@ class Outline:
 
     # ------------------------------------------------------------------ entries
 
-    def take(self, lines: Iterable[bytes]) -> None:
+    def take(self, text: bytes, lines: Iterable[Line]) -> None:
         """Note some lines. Most say nothing new and are not decoded: nine in ten are told by their bytes."""
         ordinary = self._ordinary
-        for line in lines:
-            stream = stream_of(line)
-            if stream == _BARS:
+        for stream, begin, end in lines:
+            if stream in ordinary:
+                if text.find(ordinary[stream], begin, end) < 0:
+                    self.note(decode(text[begin:end]))
+            elif stream == _BARS:
                 self.bars += 1
-                self.inputs.add(key_of(line))
-            elif stream in ordinary:
-                if ordinary[stream] not in line:
-                    self._take(decode(line))
-            elif stream not in _NEWS or _NEWS[stream](line):
-                self._take(decode(line))
+                self.inputs.add(key_of(text, begin))
+            elif stream not in _NEWS or _NEWS[stream](text, begin, end):
+                self.note(decode(text[begin:end]))
 
-    def _take(self, item: Recorded | Lost) -> None:
+    def note(self, item: Recorded | Lost) -> None:
+        """Note one entry, or a loss."""
         stream = item.stream
         if isinstance(item, Lost):
             self.lost[stream] += item.entries
@@ -199,17 +199,18 @@ def artifact_of(named: Mapping[str, Any]) -> Artifact:
     return Artifact(named.get("file", ""), named["version"], named.get("sha256", ""), named.get("digest", ""))
 
 
-def _is_flagged(vector: bytes) -> bool:
+def _is_flagged(text: bytes, begin: int, end: int) -> bool:
     """Whether the line of a vector says that its bar was stale; its flags stand at its end."""
-    return vector.endswith(b"]}}") and _STALE in vector[vector.rfind(b"[") :]
+    return text.endswith(b"]}}", begin, end) and text.find(_STALE, text.rfind(b"[", begin, end), end) > 0
 
 
-def _is_incomplete(signal: bytes) -> bool:
+def _is_incomplete(text: bytes, begin: int, end: int) -> bool:
     """Whether the line of a signal may be that of a stale bar, or of one without some agent's vote.
 
     The status stands before the votes.
     """
-    return signal.startswith(_STALE, signal.find(_STATUS) + len(_STATUS)) or _MISSED in signal
+    status = text.find(_STATUS, begin, end) + len(_STATUS)
+    return text.startswith(_STALE, status) or text.find(_MISSED, status, end) > 0
 
 
 _NEWS = {b"features": _is_flagged, b"signals": _is_incomplete}
@@ -221,21 +222,12 @@ def _is_missing(vote: Mapping[str, Any]) -> bool:
     return bool(vote["action"] == "ABSTAIN" and vote["reason"] == "deadline_missed")
 
 
-def _ahead(blocks: Iterator[list[bytes]]) -> Iterator[list[bytes]]:
-    """The same blocks; the next one is decompressed while the caller looks at one."""
-    with ThreadPoolExecutor(1, "blocks") as thread:
-        coming = thread.submit(next, blocks, None)
-        while (lines := coming.result()) is not None:
-            coming = thread.submit(next, blocks, None)
-            yield lines
-
-
 def read_outline(recording: Recording, progress: Progress = lambda _: None) -> Outline:
     """Read the whole recording once. Raises `RecordingError` where it is damaged."""
     outline = Outline()
-    for lines in _ahead(recording.blocks()):
+    for text, lines in read_lines(recording):
         before = outline.bars
-        outline.take(lines)
+        outline.take(text, lines)
         progress(outline.bars - before)
     if not outline.starts and recording.header.get("started"):
         outline.starts.append(Step("started", "", "", recording.header["started"], {}))

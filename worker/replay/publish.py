@@ -15,9 +15,10 @@ import numpy as np
 from streams.formats import recognise
 from streams.formats.times import whole
 from streams.messages import Entry
-from streams.recording import Recorded, Recording, decode, is_recording, read_header, stream_of
+from streams.recording import Recorded, Recording, decode, is_recording, read_header
 from streams.validation import BadBarError, interval_ms
 from worker.errors import UsageError
+from worker.replay.lines import read_lines
 from worker.training.bars import read_bars
 
 AT_ONCE = 500
@@ -63,7 +64,8 @@ def keys_of(path: Path) -> list[str]:
     """The inputs of a recording, those that were found while it was made included; none of other files."""
     if not is_recording(path):
         return []
-    bars = (line for lines in Recording(path).blocks() for line in lines if stream_of(line) == b"bars")
+    texts = read_lines(Recording(path))
+    bars = (text[begin:end] for text, lines in texts for stream, begin, end in lines if stream == b"bars")
     return list(dict.fromkeys((*read_header(path)["inputs"], *(decode(line).key for line in bars))))
 
 

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from itertools import islice
 
 from streams.messages import Entry
-from streams.recording import Lost, Recorded, Recording, decode, encode, holds, stream_of
+from streams.recording import Lost, Recorded, Recording, decode, encode, holds
+from worker.replay.lines import read_lines
 
 _BAR_ID = re.compile(rb'"bar_id":"([^"]*)"')
 _IGNORED = frozenset({b"events", b"rejected", b"control"})
@@ -24,7 +25,7 @@ class Source:
 
     def __init__(self, recording: Recording) -> None:
         self.namespace = str(recording.header["namespace"])
-        self._blocks: Iterator[list[bytes]] = recording.blocks()
+        self._texts = read_lines(recording)
         self._waiting: dict[bytes, deque[bytes]] = defaultdict(deque)
         self._lock = threading.RLock()
 
@@ -81,15 +82,14 @@ class Source:
         return waiting
 
     def _more(self) -> bool:
-        lines = next(self._blocks, None)
-        if lines is None:
+        text, lines = next(self._texts, (None, ()))
+        if text is None:
             return False
-        for line in lines:
-            stream = stream_of(line)
+        for stream, begin, end in lines:
             if not stream:
-                self._add_foreign(line)
+                self._add_foreign(text[begin:end])
             elif stream not in _IGNORED:
-                self._waiting[stream].append(line)
+                self._waiting[stream].append(text[begin:end])
         return True
 
     def _add_foreign(self, line: bytes) -> None:

@@ -1,0 +1,86 @@
+"""Calls of several lanes: in order there, the oldest first, and no more at once than there are cores."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.helpers import LIMIT_S
+from worker.lanes import Lanes, cores
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_on_one_core_calls_run_one_by_one_in_the_order_in_which_they_were_given() -> None:
+    names = ["a", "b", "c", "a", "a", "b", "c", "c"]
+    computing = threading.Lock()
+    ran = []
+
+    def run(number: int) -> int:
+        assert computing.acquire(blocking=False), "two at once"
+        time.sleep(0.001)
+        ran.append(number)
+        computing.release()
+        return number
+
+    with one_core():
+        lanes: Lanes[int] = Lanes("test", lambda: None)
+        answers = [lanes.submit(name, lambda n=n: run(n)) for n, name in enumerate(names)]  # type: ignore[misc]
+        assert [answer.result(LIMIT_S) for answer in answers] == list(range(len(names)))
+    lanes.close()
+    assert ran == list(range(len(names)))
+
+
+def test_a_lane_that_waits_keeps_nobody_else_from_computing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.lanes.cores", lambda: 2)
+    lanes: Lanes[str] = Lanes("test", lambda: None)
+    free = threading.Event()
+    first = lanes.submit("slow", lambda: "first" if free.wait(LIMIT_S) else "never")
+    second = lanes.submit("slow", lambda: "second")
+    others = [lanes.submit("quick", lambda n=n: f"{n}") for n in range(3)]  # type: ignore[misc]
+    assert [answer.result(LIMIT_S) for answer in others] == ["0", "1", "2"]
+    assert not first.done()
+    assert not second.done()
+    free.set()
+    assert [first.result(LIMIT_S), second.result(LIMIT_S)] == ["first", "second"]
+    lanes.close()
+
+
+def test_what_a_call_raises_is_its_answer_and_the_next_one_runs() -> None:
+    lanes: Lanes[float] = Lanes("test", lambda: None)
+    broken = lanes.submit("a", lambda: 1 / 0)
+    whole = lanes.submit("a", lambda: 1.0)
+    with pytest.raises(ZeroDivisionError):
+        broken.result(LIMIT_S)
+    assert whole.result(LIMIT_S) == 1.0
+    lanes.close()
+
+
+def test_closing_waits_for_every_call_that_was_given() -> None:
+    begun: list[int] = []
+    lanes: Lanes[None] = Lanes("test", lambda: begun.append(threading.get_ident()))
+    ran = []
+
+    def run(number: int) -> None:
+        time.sleep(0.001)
+        ran.append(number)
+
+    for number in range(20):
+        lanes.submit("ab"[number % 2], lambda n=number: run(n))  # type: ignore[misc]
+    lanes.close()
+    assert sorted(ran) == list(range(20))
+    assert [number for number in ran if number % 2] == list(range(1, 20, 2))
+    assert 1 <= len(set(begun)) <= cores()
