@@ -121,7 +121,7 @@ def stream_of(line: bytes) -> bytes:
 
 
 def key_of(text: bytes, begin: int = 0) -> bytes:
-    """The key of the entry's line that begins there as `encode` writes it, with what JSON escapes in it."""
+    """The key of the entry's line that begins there, with what JSON escapes in it; it must be as `encode` writes it."""
     at = text.find(_KEY, begin) + len(_KEY)
     return text[at : text.find(_ID, at)]
 

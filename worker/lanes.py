@@ -1,64 +1,66 @@
-"""Calls side by side: no more at once than there are cores, what was given first first, each lane in order."""
+"""Calls side by side, no more at once than there are cores: the oldest first, and those of one lane one by one."""
 
 from __future__ import annotations
 
-import heapq
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from itertools import count
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from threading import Lock
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
-class _Call(NamedTuple):
-    number: int
-    run: Callable[[], object]
-    answer: Future[object]
+@dataclass(frozen=True, eq=False)
+class _Call(Generic[T]):
+    lane: str
+    run: Callable[[], T]
+    answer: Future[T] = field(default_factory=Future)
+
+    def __call__(self) -> None:
+        if self.answer.set_running_or_notify_cancel():
+            try:
+                self.answer.set_result(self.run())
+            except BaseException as error:  # noqa: BLE001 - it is the caller's, who asks for the answer
+                self.answer.set_exception(error)
 
 
 class Lanes(Generic[T]):
-    """Threads that compute calls of several lanes; those of one lane never at once, nor in another order.
+    """Threads that compute the calls of several lanes; those of one lane never at once, nor in another order."""
 
-    For one caller. `initializer` runs at the start of each thread.
-    """
-
-    def __init__(self, name: str, initializer: Callable[[], None]) -> None:
-        self._threads = ThreadPoolExecutor(cores(), name, initializer)
-        self._numbers = count()
-        self._last: dict[str, Future[T]] = {}
-        self._ready: list[_Call] = []
+    def __init__(self, name: str) -> None:
+        self._threads = ThreadPoolExecutor(cores(), name)
+        self._waiting: list[_Call[T]] = []
+        self._busy: set[str] = set()
         self._lock = Lock()
 
     def submit(self, lane: str, run: Callable[[], T]) -> Future[T]:
-        """The answer to come of `run`, which begins when the lane's call before it has ended."""
-        answer: Future[T] = Future()
-        call = _Call(next(self._numbers), run, answer)  # type: ignore[arg-type]
-        before, self._last[lane] = self._last.get(lane), answer
-        if before is None:
-            self._offer(call)
-        else:
-            before.add_done_callback(lambda _: self._offer(call))
-        return answer
-
-    def _offer(self, call: _Call) -> None:
+        """The answer to come of `run`. Raises RuntimeError after `close`."""
+        call = _Call(lane, run)
         with self._lock:
-            heapq.heappush(self._ready, call)
-        self._threads.submit(self._run_first)
+            self._threads.submit(self._work)
+            self._waiting.append(call)
+        return call.answer
 
-    def _run_first(self) -> None:
+    def _work(self) -> None:
+        """Compute what is ready, until nothing is. A call behind another of its lane is left to who computes that."""
+        while (call := self._next()) is not None:
+            call()
+            with self._lock:
+                self._busy.remove(call.lane)
+
+    def _next(self) -> _Call[T] | None:
+        """The oldest call whose lane is free, which is busy from now on."""
         with self._lock:
-            _, run, answer = heapq.heappop(self._ready)
-        try:
-            answer.set_result(run())
-        except BaseException as error:  # noqa: BLE001 - it is the caller's, who asks for the answer
-            answer.set_exception(error)
+            call = next((call for call in self._waiting if call.lane not in self._busy), None)
+            if call is not None:
+                self._waiting.remove(call)
+                self._busy.add(call.lane)
+            return call
 
     def close(self) -> None:
         """Wait for every call, and end the threads."""
-        wait(self._last.values())
         self._threads.shutdown()
 
 

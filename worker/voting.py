@@ -177,7 +177,7 @@ class AgentStage:
 
 
 def compute_alone() -> None:
-    """One torch thread inside this thread from its first call on.
+    """One torch thread inside this thread.
 
     The number that the main thread set reaches another thread only after its first matrix product,
     which would run on all cores and give other last bits.
@@ -185,6 +185,11 @@ def compute_alone() -> None:
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(1)
+
+
+def _vote_alone(stage: AgentStage, vectors: Vectors, windows: Mapping[str, Windows], stopwatch: Stopwatch) -> Ballot:
+    compute_alone()
+    return stage.vote(vectors, windows, stopwatch)
 
 
 def _reads(seat: Seat) -> tuple[str, int] | None:
@@ -205,7 +210,7 @@ class VotingStage:
         self.stages = sorted((AgentStage(seat) for seat in seats), key=_place)
         self._capacity = capacity
         self._windows: dict[str, SequenceWindows] = {}
-        self._lanes: Lanes[Ballot] = Lanes("agent", compute_alone)
+        self._lanes: Lanes[Ballot] = Lanes("agent")
         self._open_windows()
 
     @property
@@ -280,11 +285,12 @@ class VotingStage:
     def ask(self, vectors: Vectors, stopwatch: Stopwatch = nullcontext) -> list[Future[Ballot]]:
         """As `vote`, without waiting for the ballots; an agent that is asked again answers in order.
 
-        No more models compute at once than there are cores, and the networks, which take longest, come first.
+        No more of these models compute at once than there are cores; the last seats, the networks, which take longest,
+        begin first.
         """
         windows = self._push(vectors)
         asked = {
-            stage: self._lanes.submit(stage.seat.agent, partial(stage.vote, vectors, windows, stopwatch))
+            stage: self._lanes.submit(stage.seat.agent, partial(_vote_alone, stage, vectors, windows, stopwatch))
             for stage in reversed(self.stages)
         }
         return [asked[stage] for stage in self.stages]

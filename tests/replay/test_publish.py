@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from streams.messages import Entry
-from streams.recording import Recorded, Recording, Writer
+from streams.recording import Lost, Recorded, Recording, Writer, encode
 from streams.redis import connect
 from streams.validation import Limits
 from tests.formats.samples import golden
@@ -56,6 +56,16 @@ def test_keys_that_a_pattern_found_later_count_too(tmp_path: Path) -> None:
     done = quartet("replay", file, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "bars of 2 keys (candles-a, candles-b); name the one stream" in done.stderr
+
+
+@pytest.mark.parametrize("end", [" ", "\r"])
+def test_a_key_counts_as_well_on_a_line_that_another_program_wrote(tmp_path: Path, end: str) -> None:
+    file = tmp_path / "foreign.jsonl.zst"
+    with Writer(file) as writer:
+        writer.header({"id": "x", "part": 1, "namespace": "q", "inputs": ["candles-a"], "positions": {}})
+        writer._put(encode(Recorded("bars", "candles-b", "1-1", {b"symbol": b"A"})) + end.encode())
+        writer._put(encode(Lost("signals", "q:signals", "1-1", 3)))
+    assert keys_of(file) == ["candles-a", "candles-b"]
 
 
 def test_training_reads_the_accepted_bars_of_a_recording_and_its_parquet(day: Day, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_on_one_core_calls_run_one_by_one_in_the_order_in_which_they_were_given(
         return number
 
     with one_core():
-        lanes: Lanes[int] = Lanes("test", lambda: None)
+        lanes: Lanes[int] = Lanes("test")
         answers = [lanes.submit(name, lambda n=n: run(n)) for n, name in enumerate(names)]  # type: ignore[misc]
         assert [answer.result(LIMIT_S) for answer in answers] == list(range(len(names)))
     lanes.close()
@@ -46,7 +46,7 @@ def test_on_one_core_calls_run_one_by_one_in_the_order_in_which_they_were_given(
 
 def test_a_lane_that_waits_keeps_nobody_else_from_computing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.lanes.cores", lambda: 2)
-    lanes: Lanes[str] = Lanes("test", lambda: None)
+    lanes: Lanes[str] = Lanes("test")
     free = threading.Event()
     first = lanes.submit("slow", lambda: "first" if free.wait(LIMIT_S) else "never")
     second = lanes.submit("slow", lambda: "second")
@@ -60,7 +60,7 @@ def test_a_lane_that_waits_keeps_nobody_else_from_computing(monkeypatch: pytest.
 
 
 def test_what_a_call_raises_is_its_answer_and_the_next_one_runs() -> None:
-    lanes: Lanes[float] = Lanes("test", lambda: None)
+    lanes: Lanes[float] = Lanes("test")
     broken = lanes.submit("a", lambda: 1 / 0)
     whole = lanes.submit("a", lambda: 1.0)
     with pytest.raises(ZeroDivisionError):
@@ -70,12 +70,13 @@ def test_what_a_call_raises_is_its_answer_and_the_next_one_runs() -> None:
 
 
 def test_closing_waits_for_every_call_that_was_given() -> None:
-    begun: list[int] = []
-    lanes: Lanes[None] = Lanes("test", lambda: begun.append(threading.get_ident()))
+    computing: set[int] = set()
+    lanes: Lanes[None] = Lanes("test")
     ran = []
 
     def run(number: int) -> None:
         time.sleep(0.001)
+        computing.add(threading.get_ident())
         ran.append(number)
 
     for number in range(20):
@@ -83,4 +84,24 @@ def test_closing_waits_for_every_call_that_was_given() -> None:
     lanes.close()
     assert sorted(ran) == list(range(20))
     assert [number for number in ran if number % 2] == list(range(1, 20, 2))
-    assert 1 <= len(set(begun)) <= cores()
+    assert 1 <= len(computing) <= cores()
+
+
+def test_after_the_end_a_call_is_refused_and_nobody_waits_for_ever() -> None:
+    lanes: Lanes[int] = Lanes("test")
+    assert lanes.submit("a", lambda: 1).result(LIMIT_S) == 1
+    lanes.close()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        lanes.submit("a", lambda: 2)
+    lanes.close()
+
+
+def test_a_call_that_is_cancelled_while_it_waits_stops_nobody() -> None:
+    lanes: Lanes[str] = Lanes("test")
+    free = threading.Event()
+    first = lanes.submit("a", lambda: "first" if free.wait(LIMIT_S) else "never")
+    second, third = (lanes.submit("a", lambda n=n: n) for n in ("second", "third"))  # type: ignore[misc]
+    assert second.cancel()
+    free.set()
+    assert [first.result(LIMIT_S), third.result(LIMIT_S)] == ["first", "third"]
+    lanes.close()

@@ -11,8 +11,10 @@ from streams.recording import Recording, stream_of
 
 _HEAD = 40
 _LONGEST = _HEAD - len('{"stream":""')
-"""Of the names of streams that end within the head of a line."""
+"""The longest name of a stream that ends within the head of a line."""
+
 _MOST_HEADS = 4096
+
 Line = tuple[bytes, int, int]
 """The stream, empty where the bytes alone do not tell it, and where in the text the line begins and ends."""
 

@@ -64,9 +64,11 @@ def keys_of(path: Path) -> list[str]:
     """The inputs of a recording, those that were found while it was made included; none of other files."""
     if not is_recording(path):
         return []
+    told = (b"bars", b"")  # and what the bytes do not tell
     texts = read_lines(Recording(path))
-    bars = (text[begin:end] for text, lines in texts for stream, begin, end in lines if stream == b"bars")
-    return list(dict.fromkeys((*read_header(path)["inputs"], *(decode(line).key for line in bars))))
+    lines = (text[begin:end] for text, lines in texts for stream, begin, end in lines if stream in told)
+    found = [item.key for item in map(decode, lines) if item.stream == "bars"]
+    return list(dict.fromkeys([*read_header(path)["inputs"], *found]))
 
 
 def read_entries(path: Path) -> Iterator[Timed]:
