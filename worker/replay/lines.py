@@ -1,4 +1,4 @@
-"""The lines of a recording, told apart by their bytes: a tenth of what decoding them would take."""
+"""The lines of a recording, told apart by their bytes; nothing is decoded."""
 
 from __future__ import annotations
 

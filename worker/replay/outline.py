@@ -94,7 +94,7 @@ class Outline:
                     self.note(decode(text[begin:end]))
             elif stream == _BARS:
                 self.bars += 1
-                self.inputs.add(key_of(text, begin))
+                self.inputs.add(key_of(text[begin:end]))
             elif stream not in _NEWS or _NEWS[stream](text, begin, end):
                 self.note(decode(text[begin:end]))
 
@@ -210,7 +210,7 @@ def _is_incomplete(text: bytes, begin: int, end: int) -> bool:
     The status stands before the votes.
     """
     status = text.find(_STATUS, begin, end) + len(_STATUS)
-    return text.startswith(_STALE, status) or text.find(_MISSED, status, end) > 0
+    return text.startswith(_STALE, status) or text.find(_MISSED, begin, end) > 0
 
 
 _NEWS = {b"features": _is_flagged, b"signals": _is_incomplete}

@@ -120,18 +120,6 @@ class Clock:
             self._since = now
 
 
-@contextmanager
-def short_turns() -> Iterator[None]:
-    """Threads give way to each other soon: a model waits for its turn between any two of its operations."""
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(TURN_S)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(usual)
-
-
-@short_turns()
 def verify(
     path: Path,
     settings: Settings,
@@ -159,7 +147,8 @@ def verify(
     chain = Chain(settings, outline, source, restart_every)
     loading_s = time.perf_counter() - loading
     try:
-        bars = _run(chain, comparison, clock, batch_size or settings.batch_size, progress)
+        with short_turns():
+            bars = _run(chain, comparison, clock, batch_size or settings.batch_size, progress)
         if not outline.split:  # one commit holds a bar's entries of every stream
             comparison.finish()
         leftover = source.left()
@@ -179,6 +168,17 @@ def verify(
         models_s=clock.models_s,
         other_build=others,
     )
+
+
+@contextmanager
+def short_turns() -> Iterator[None]:
+    """Threads give way to each other soon: a model waits for its turn between any two of its operations."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(TURN_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
 
 
 def _run(chain: Chain, comparison: Comparison, clock: Clock, batch_size: int, progress: Progress) -> int:
