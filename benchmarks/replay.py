@@ -38,7 +38,7 @@ from streams.validation import LATEST_TS_MS
 from worker.assembly import pipeline_factory
 from worker.builds import build, started
 from worker.replay import chain, verify
-from worker.replay.outline import read_outline
+from worker.replay.outline import note_of, read_outline
 from worker.replay.source import Source
 from worker.roster import Artifact
 from worker.settings import Settings
@@ -95,7 +95,7 @@ def make_recording(file: Path, settings: Settings, models: dict[str, Model], bar
     )  # fmt: skip
     event = started(settings, [Loading(agent, model) for agent, model in models.items()], Position())
     header = {"id": "x", "part": 1, "namespace": settings.namespace, "inputs": [worker.keys.bars]}
-    with Writer(file) as writer:
+    with Writer(file, note_of) as writer:
         writer.header({**header, "started": event.evidence, "build": build(), "positions": {}})
         for _, _, key, entry_id, fields in ordered:
             writer.add(Recorded(key.removeprefix(prefix), key, entry_id, fields))

@@ -9,6 +9,9 @@ file is its header; each other line is one entry:
 `stream` is the key without its namespace, `bars` for every input. `data` stands for one field `data` whose
 JSON encodes again to the same bytes; `raw` beside it holds the text where it does not. Flat entries have
 `fields`, and what is not UTF-8 is `base64`, a list of pairs. So every entry reads back byte for byte.
+
+Before a frame may stand a note of what it holds, in a skippable frame, which every reader of zstd passes over: sealed,
+and with the checksum of the frame that it speaks of. It spares reading that frame, and says nothing that is not there.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from __future__ import annotations
 import base64
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -25,10 +28,17 @@ from typing import Any, BinaryIO, NamedTuple, Self
 import orjson
 import zstandard
 
+from streams.codec import StateCorruptError, seal, unseal
+
 FORMAT = 1
 MIB = 1 << 20
 FRAME_BYTES = MIB
 _CHUNK = 1 << 16
+_NOTE = (0x184D2A5A).to_bytes(4, "little")
+"""One of the sixteen beginnings of a skippable frame; the length of its content follows, in four bytes."""
+_NOTE_BYTES = MIB
+_CHECKSUM = 4
+"""Bytes of the checksum of its content at the end of a frame."""
 _SUFFIXES = (".jsonl.zst", ".zst", "")
 _DATA = b',"data":'
 _STREAM = b'{"stream":"'
@@ -61,6 +71,9 @@ class Lost(NamedTuple):
 
 
 Item = Recorded | Lost
+Note = Mapping[str, Any]
+"""What a frame holds, in a few plain values."""
+NoteOf = Callable[[bytes], Note | None]
 
 
 def encode(item: Item) -> bytes:
@@ -167,11 +180,16 @@ def lock(path: Path) -> BinaryIO:
     return file
 
 
-class Writer:
-    """Appends to one file."""
+def _nothing(_: bytes) -> Note | None:
+    return None
 
-    def __init__(self, path: Path, *, level: int = 3) -> None:
+
+class Writer:
+    """Appends to one file. `note_of` gives the note to write before a frame of these lines, if any."""
+
+    def __init__(self, path: Path, note_of: NoteOf = _nothing, *, level: int = 3) -> None:
         self.path = path
+        self._note_of = note_of
         self._file = path.open("ab", buffering=0)
         self._compressor = zstandard.ZstdCompressor(level=level, write_checksum=True)
         self._lines: list[bytes] = []
@@ -179,11 +197,11 @@ class Writer:
         self._last_id = ""
 
     @classmethod
-    def begin(cls, path: Path, header: Mapping[str, Any]) -> Self:
+    def begin(cls, path: Path, header: Mapping[str, Any], note_of: NoteOf = _nothing) -> Self:
         """A new file that is there with its header or not at all, whenever this process is killed."""
         unfinished = path.with_name(f"{path.name}.new")
         unfinished.unlink(missing_ok=True)
-        writer = cls(unfinished)
+        writer = cls(unfinished, note_of)
         writer.header(header)
         writer.path = unfinished.replace(path)
         return writer
@@ -195,8 +213,7 @@ class Writer:
 
     def header(self, header: Mapping[str, Any]) -> None:
         """The first line of a file, on disk at once."""
-        self._put(orjson.dumps({"recording": FORMAT, **header}))
-        self.flush()
+        self._append(self._compressor.compress(orjson.dumps({"recording": FORMAT, **header}) + b"\n"))
 
     def add(self, item: Item) -> None:
         """Append one entry. Neighbours of one ID, the outputs of one bar, share a frame: all survive, or none."""
@@ -212,12 +229,16 @@ class Writer:
     def flush(self) -> None:
         """End the frame: everything added so far survives the death of this process."""
         if self._lines:
-            frame = self._compressor.compress(b"".join(self._lines))
+            text = b"".join(self._lines)
             self._lines.clear()
             self._pending = 0
-            left = memoryview(frame)
-            while left:
-                left = left[self._file.write(left) :]
+            frame = self._compressor.compress(text)
+            self._append(_noted(frame, self._note_of(text)))
+
+    def _append(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            left = left[self._file.write(left) :]
 
     def close(self) -> None:
         try:
@@ -232,7 +253,19 @@ class Writer:
         self.close()
 
 
+def _noted(frame: bytes, note: Note | None) -> bytes:
+    """A frame behind its note."""
+    if note is None:
+        return frame
+    content = seal({**note, "bytes": len(frame), "checksum": frame[-_CHECKSUM:]})
+    return _NOTE + len(content).to_bytes(4, "little") + content + frame
+
+
 # ------------------------------------------------------------------ reading
+
+
+def _unread(_: Note) -> bool:
+    return False
 
 
 @dataclass
@@ -243,25 +276,52 @@ class Frames:
     whole: int = 0
     cut: int = 0
 
-    def __iter__(self) -> Iterator[bytes]:
-        """Each frame's lines. Raises `RecordingError` where a frame is damaged."""
-        decompressor = zstandard.ZstdDecompressor()
+    def texts(self, known: Callable[[Note], bool] = _unread) -> Iterator[bytes]:
+        """Each frame's lines; frames whose note is `known` are left out unread.
+
+        Raises `RecordingError` where a frame is damaged.
+        """
         size = self.path.stat().st_size
         with self.path.open("rb") as file:
-            frame, lines, rest = decompressor.decompressobj(), [], b""
-            while chunk := rest or file.read(_CHUNK):
-                try:
-                    lines.append(frame.decompress(chunk))
-                except zstandard.ZstdError as error:
-                    raise RecordingError(
-                        f"{self.path}: damaged in the frame at byte {self.whole} of {size}: {error}"
-                    ) from error
-                rest = frame.unused_data
-                if frame.eof:
-                    self.whole = file.tell() - len(rest)
-                    yield b"".join(lines)
-                    frame, lines = decompressor.decompressobj(), []
+            while self.whole < size:
+                note, begin = _read_note(file, self.whole)
+                if note is not None and known(note):
+                    self.whole = begin + note["bytes"]
+                    continue
+                text, end = self._read(file, begin, size)
+                if text is None:
+                    break
+                self.whole = end
+                yield text
         self.cut = size - self.whole
+
+    def _read(self, file: BinaryIO, begin: int, size: int) -> tuple[bytes | None, int]:
+        """The content of the frame at `begin`, None of an unfinished one, and where it ends."""
+        file.seek(begin)
+        frame, lines = zstandard.ZstdDecompressor().decompressobj(), []
+        while not frame.eof and (chunk := file.read(_CHUNK)):
+            try:
+                lines.append(frame.decompress(chunk))
+            except zstandard.ZstdError as error:
+                raise RecordingError(f"{self.path}: damaged in the frame at byte {begin} of {size}: {error}") from error
+        return (b"".join(lines) if frame.eof else None), file.tell() - len(frame.unused_data)
+
+
+def _read_note(file: BinaryIO, at: int) -> tuple[Note | None, int]:
+    """The note at this place, None where there is none of the frame behind it, and where that frame begins."""
+    file.seek(at)
+    head = file.read(8)
+    length = int.from_bytes(head[4:], "little")
+    if not head.startswith(_NOTE) or length > _NOTE_BYTES:
+        return None, at
+    content = file.read(length)
+    begin = at + len(head) + length
+    try:
+        note = unseal("note", content)
+        file.seek(begin + note["bytes"] - _CHECKSUM)
+        return (note if file.read(_CHECKSUM) == note["checksum"] else None), begin
+    except StateCorruptError:
+        return None, begin
 
 
 @dataclass
@@ -296,17 +356,17 @@ class Recording:
     @staticmethod
     def _is_unbegun(path: Path, following: Path) -> bool:
         """Whether the last part has no whole frame: a recorder was killed before it wrote an entry there."""
-        return not following.exists() and next(iter(Frames(path)), None) is None
+        return not following.exists() and next(Frames(path).texts(), None) is None
 
-    def texts(self) -> Iterator[bytes]:
-        """Whole lines, a frame at a time, headers left out."""
+    def texts(self, known: Callable[[Note], bool] = _unread) -> Iterator[bytes]:
+        """Whole lines, a frame at a time, headers left out, and frames whose note is `known`."""
         cut = 0
         for path, _ in self.parts():
             if cut:
                 raise RecordingError(f"{path}: the part before it is cut; it was not finished by the recorder")
             frames = Frames(path)
             first = True
-            for text in frames:
+            for text in frames.texts(known):
                 yield text.partition(b"\n")[2] if first else text
                 first = False
             cut = self.cut = frames.cut
@@ -335,7 +395,7 @@ def read_header(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise RecordingError(f"{path}: no such file; `quartet record --out {path}` makes one")
     try:
-        first = next(iter(Frames(path)), b"").split(b"\n", 1)[0]
+        first = next(Frames(path).texts(), b"").split(b"\n", 1)[0]
         header: Mapping[str, Any] = orjson.loads(first)
         found = header["recording"]
     except (RecordingError, orjson.JSONDecodeError, KeyError, TypeError) as error:
@@ -360,7 +420,7 @@ def read_tail(path: Path) -> Tail:
     last, header = list(Recording(path).parts())[-1]
     positions = {key: (at[0], at[1]) for key, at in header["positions"].items()}
     frames = Frames(last)
-    for number, lines in enumerate(frames):
+    for number, lines in enumerate(frames.texts()):
         for line in lines.splitlines()[number == 0 :]:
             item = decode(line)
             before = positions.get(item.key, ("0-0", 0))

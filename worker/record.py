@@ -27,6 +27,7 @@ from streams.redis import find_keys
 from streams.store import FIRST_ID, GONE, StreamFacts, id_tuple
 from worker.builds import build
 from worker.errors import CheckFailed, UsageError
+from worker.replay.outline import note_of
 from worker.settings import Settings
 
 FLUSH_S = 0.7
@@ -129,7 +130,7 @@ class Recorder:
             if (left := part_path(out, 2)).exists():
                 raise UsageError(f"{left} is of another recording: move it elsewhere, or give another --out")
             self._begin()
-            writer = Writer(out)
+            writer = Writer(out, note_of)
             writer.header(self._header)
         except OSError as error:
             raise UsageError(f"--out {out}: {error.strerror}; give a file that can be written") from error
@@ -167,7 +168,7 @@ class Recorder:
         drop_cut(tail)
         self._header = {k: v for k, v in tail.header.items() if k != "recording"}
         self.positions = dict(tail.positions)
-        return Writer(tail.path)
+        return Writer(tail.path, note_of)
 
     def _streams(self) -> dict[str, str]:
         """Key to the name that a recording gives its stream."""
@@ -270,7 +271,7 @@ class Recorder:
             "positions": dict(self.positions),
         }
         self._writer.close()
-        self._writer = Writer.begin(part_path(self.plan.out, part), self._header)
+        self._writer = Writer.begin(part_path(self.plan.out, part), self._header, note_of)
         self.tell(f"{self._writer.path}: part {part}")
 
     # ------------------------------------------------------------------ what is gone

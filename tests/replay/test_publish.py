@@ -19,7 +19,7 @@ from tests.replay.scene import Scene
 from worker.errors import UsageError
 from worker.intake import Intake
 from worker.replay.parquet import write_parquet
-from worker.replay.publish import Pace, Timed, keys_of, publish, read_entries, read_speed
+from worker.replay.publish import Pace, Timed, contents_of, publish, read_entries, read_speed
 from worker.settings import Settings
 from worker.testing import Quartet
 from worker.training.bars import read_bars
@@ -52,7 +52,7 @@ def test_keys_that_a_pattern_found_later_count_too(tmp_path: Path) -> None:
         for number, key in enumerate(("candles-a", "candles-b", "candles-a")):
             writer.add(Recorded("bars", key, f"{number}-1", {b"symbol": b"A"}))
             writer.add(Recorded("signals", "q:signals", f"{number}-1", {b"data": b"{}"}))
-    assert keys_of(file) == ["candles-a", "candles-b"]
+    assert contents_of(file)[1] == ["candles-a", "candles-b"]
     done = quartet("replay", file, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "bars of 2 keys (candles-a, candles-b); name the one stream" in done.stderr
@@ -65,7 +65,7 @@ def test_a_key_counts_as_well_on_a_line_that_another_program_wrote(tmp_path: Pat
         writer.header({"id": "x", "part": 1, "namespace": "q", "inputs": ["candles-a"], "positions": {}})
         writer._put(encode(Recorded("bars", "candles-b", "1-1", {b"symbol": b"A"})) + end.encode())
         writer._put(encode(Lost("signals", "q:signals", "1-1", 3)))
-    assert keys_of(file) == ["candles-a", "candles-b"]
+    assert contents_of(file)[1] == ["candles-a", "candles-b"]
 
 
 def test_training_reads_the_accepted_bars_of_a_recording_and_its_parquet(day: Day, tmp_path: Path) -> None:

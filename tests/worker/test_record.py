@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -27,6 +28,7 @@ from streams.recording import (
     RecordingError,
     Writer,
     decode,
+    drop_cut,
     encode,
     part_path,
     read_header,
@@ -144,6 +146,63 @@ def test_an_unfinished_frame_is_reported_and_read_again_on_continuation(
     said = record(valkey, file, namespace)
     assert any("unfinished frame" in line for line in said)
     assert bars_in(file) == bars_on(valkey, namespace)
+
+
+NOTED = [[Recorded("bars", "k", f"{2 * frame + n}-0", {b"x": b"1"}) for n in range(2)] for frame in range(3)]
+"""Three frames of two entries."""
+
+
+def noted(path: Path) -> list[int]:
+    """A recording of three frames with a note each: where each frame, its note included, begins, and the end."""
+    with Writer(path, lambda text: {"lines": text.count(b"\n")}) as writer:
+        writer.header({"id": "x", "part": 1, "positions": {}})
+        places = [writer.size]
+        for items in NOTED:
+            for item in items:
+                writer.add(item)
+            writer.flush()
+            places.append(writer.size)
+    return places
+
+
+def test_frames_whose_notes_tell_enough_are_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "x.zst"
+    noted(file)
+    notes: list[Any] = []
+    texts = Recording(file).texts(lambda note: notes.append(note) or len(notes) == 2)
+    assert [[decode(line) for line in text.splitlines()] for text in texts if text] == [NOTED[0], NOTED[2]]
+    assert [note["lines"] for note in notes] == [2, 2, 2]
+
+
+def test_a_recording_cut_anywhere_ends_with_its_last_whole_frame_and_goes_on_there(tmp_path: Path) -> None:
+    """A killed recorder leaves any part of what it appended: of a note, or a whole one without its frame."""
+    file = tmp_path / "x.zst"
+    *_, begin, end = noted(file)
+    whole = file.read_bytes()
+    for cut in range(begin, end):
+        file.write_bytes(whole[:cut])
+        for known in (False, True):
+            recording = Recording(file)
+            texts = [text for text in recording.texts(lambda _, known=known: known) if text]
+            assert (len(texts), recording.cut) == (0 if known else 2, cut - begin)
+        tail = read_tail(file)
+        assert (tail.cut, tail.positions) == (cut - begin, {"k": ("3-0", 4)})
+        drop_cut(tail)
+        assert file.read_bytes() == whole[:begin]
+
+
+def test_a_note_is_believed_of_its_own_frame_alone_and_unless_it_is_damaged(tmp_path: Path) -> None:
+    file, other = tmp_path / "x.zst", tmp_path / "other.zst"
+    first, second, _, _ = noted(file)
+    data = file.read_bytes()
+    length = int.from_bytes(data[first + 4 : first + 8], "little")
+    begin = first + 8 + length
+    damaged = [data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :] for at in range(first + 8, begin)]
+    parted = data[:begin] + data[second:]  # the first note, then the second with its frame
+    for changed, kept in (*((one, NOTED[:1]) for one in damaged), (parted, NOTED[1:2])):
+        other.write_bytes(changed)
+        texts = [text for text in Recording(other).texts(lambda _: True) if text]
+        assert [[decode(line) for line in text.splitlines()] for text in texts] == kept
 
 
 def test_a_damaged_frame_in_the_middle_is_named_by_its_place(valkey: str, namespace: str, tmp_path: Path) -> None:
@@ -276,7 +335,7 @@ def test_the_outputs_of_one_bar_are_never_parted_by_the_end_of_a_frame(tmp_path:
         for number in range(5):
             for stream in ("features", "signals"):
                 writer.add(Recorded(stream, stream, f"{number}-0", {b"x": b"x" * 700_000}))
-    frames = [[decode(line).id for line in lines.splitlines()] for lines in list(Frames(file))[1:]]
+    frames = [[decode(line).id for line in lines.splitlines()] for lines in list(Frames(file).texts())[1:]]
     assert len(frames) > 1
     assert [entry_id for frame in frames for entry_id in frame] == [f"{n}-0" for n in range(5) for _ in range(2)]
     assert not any(set(one) & set(other) for one, other in pairwise(frames))

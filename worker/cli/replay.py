@@ -72,11 +72,11 @@ def _publish(
     from streams.keys import Keys
     from worker.assembly import open_client, server_url
     from worker.errors import UsageError
-    from worker.replay.publish import Pace, count_bars, keys_of, publish, read_entries, read_speed
+    from worker.replay.publish import Pace, contents_of, publish, read_entries, read_speed
 
     pace = Pace(read_speed(speed), maxlen)
-    total = count_bars(file)
-    if bars_key is None and len(inputs := keys_of(file)) > 1:
+    total, inputs = contents_of(file)
+    if bars_key is None and len(inputs) > 1:
         raise UsageError(
             f"{file} holds bars of {len(inputs)} keys ({', '.join(inputs[:3])}); name the one stream that all of them "
             "go to with --bars-key"

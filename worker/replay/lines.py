@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from streams.recording import Recording, stream_of
+from streams.recording import Note, Recording, stream_of
 
 _HEAD = 40
 _LONGEST = _HEAD - len('{"stream":""')
@@ -19,11 +19,13 @@ Line = tuple[bytes, int, int]
 """The stream, empty where the bytes alone do not tell it, and where in the text the line begins and ends."""
 
 
-def read_lines(recording: Recording) -> Iterator[tuple[bytes, Iterator[Line]]]:
-    """Each frame's text with its lines. Raises `RecordingError`."""
-    known: dict[bytes, bytes] = {}
-    for text in recording.texts():
-        yield text, lines_of(text, known)
+def read_lines(
+    recording: Recording, known: Callable[[Note], bool] = lambda _: False
+) -> Iterator[tuple[bytes, Iterator[Line]]]:
+    """Each frame's text with its lines, but those whose note is `known`. Raises `RecordingError`."""
+    heads: dict[bytes, bytes] = {}
+    for text in recording.texts(known):
+        yield text, lines_of(text, heads)
 
 
 def lines_of(text: bytes, known: dict[bytes, bytes]) -> Iterator[Line]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
 
 from streams.messages import CANARY, Entry
-from streams.recording import Lost, Recorded, Recording, decode, key_of
+from streams.recording import Lost, Note, Recorded, Recording, decode, key_of
 from streams.store import id_tuple
-from worker.replay.lines import Line, read_lines
+from worker.replay.lines import Line, lines_of, read_lines
 from worker.roster import Artifact
 
 DECIDED_THEN = ("future", "poison")
@@ -62,6 +62,7 @@ class Step:
 class Outline:
     """How many bars there are, of which keys, and every decision that bars and models alone do not explain.
 
+    `inputs` are the keys as lines have them, with what JSON escapes in them.
     `lost` counts by stream what was trimmed before it was recorded, `gaps` are by key the IDs behind which the worker
     went on without entries, and without how many.
     `left_out` are entries (key, ID) refused for a reason of that moment, `stale` the bars whose signal was, `missed`
@@ -83,7 +84,21 @@ class Outline:
     _ordinary: dict[bytes, bytes] = field(default_factory=dict, repr=False)
     """What an entry of a stream contains where it says nothing new."""
 
+    @property
+    def keys(self) -> list[str]:
+        """The inputs by their names."""
+        return sorted(orjson.loads(b'"%b"' % key) for key in self.inputs)
+
     # ------------------------------------------------------------------ entries
+
+    def take_note(self, note: Note) -> bool:
+        """Take a frame by its note alone, where that tells all: bars, and votes by the versions of before."""
+        versions = note["versions"].items()
+        if not note["quiet"] or any(self._ordinary.get(_votes_of(a)) != _naming(v) for a, v in versions):
+            return False
+        self.bars += note["bars"]
+        self.inputs |= {_escaped(key) for key in note["inputs"]}
+        return True
 
     def take(self, text: bytes, lines: Iterable[Line]) -> None:
         """Note some lines. Most say nothing new and are not decoded: nine in ten are told by their bytes."""
@@ -106,7 +121,7 @@ class Outline:
             return
         if stream == "bars":
             self.bars += 1
-            self.inputs.add(orjson.dumps(item.key)[1:-1])
+            self.inputs.add(_escaped(item.key))
         elif stream.startswith(VOTES):
             self._vote(item)
         elif stream == "features":
@@ -128,7 +143,7 @@ class Outline:
         """Follow the version of an agent's votes; a change is a step."""
         vote = orjson.loads(item.fields[b"data"])
         version, agent = vote["version"], item.stream.removeprefix(VOTES)
-        self._ordinary[item.stream.encode()] = b'"version":' + orjson.dumps(version)
+        self._ordinary[_votes_of(agent)] = _naming(version)
         if agent not in self.versions:
             self.versions[agent] = version, vote["reason"] or ""
             return
@@ -199,6 +214,38 @@ def artifact_of(named: Mapping[str, Any]) -> Artifact:
     return Artifact(named.get("file", ""), named["version"], named.get("sha256", ""), named.get("digest", ""))
 
 
+def note_of(text: bytes) -> Note | None:
+    """What to note of a frame's lines, so that an outline need not read it where it says nothing new.
+
+    None where the lines are not ours: anybody can append to a stream, and a recorder records it.
+    """
+    found = Outline()
+    try:
+        found.take(text, lines_of(text, {}))
+    except Exception:  # noqa: BLE001 - whoever reads the frame meets it and tells
+        return None
+    return {
+        "bars": found.bars,
+        "inputs": found.keys,
+        "versions": {agent: version for agent, (version, _) in found.versions.items()},
+        "quiet": replace(found, bars=0, inputs=set(), versions={}, _ordinary={}) == Outline(),
+    }
+
+
+def _escaped(key: str) -> bytes:
+    """As a line has it."""
+    return orjson.dumps(key)[1:-1]
+
+
+def _votes_of(agent: str) -> bytes:
+    return f"{VOTES}{agent}".encode()
+
+
+def _naming(version: str | None) -> bytes:
+    """What a vote contains that was given by this version."""
+    return b'"version":' + orjson.dumps(version)
+
+
 def _is_flagged(text: bytes, begin: int, end: int) -> bool:
     """Whether the line of a vector says that its bar was stale; its flags stand at its end."""
     return text.endswith(b"]}}", begin, end) and text.find(_STALE, text.rfind(b"[", begin, end), end) > 0
@@ -222,13 +269,11 @@ def _is_missing(vote: Mapping[str, Any]) -> bool:
     return bool(vote["action"] == "ABSTAIN" and vote["reason"] == "deadline_missed")
 
 
-def read_outline(recording: Recording, progress: Progress = lambda _: None) -> Outline:
-    """Read the whole recording once. Raises `RecordingError` where it is damaged."""
+def read_outline(recording: Recording) -> Outline:
+    """Read the recording once, but for what its notes tell. Raises `RecordingError` where what it reads is damaged."""
     outline = Outline()
-    for text, lines in read_lines(recording):
-        before = outline.bars
+    for text, lines in read_lines(recording, outline.take_note):
         outline.take(text, lines)
-        progress(outline.bars - before)
     if not outline.starts and recording.header.get("started"):
         outline.starts.append(Step("started", "", "", recording.header["started"], {}))
     return outline

@@ -15,10 +15,10 @@ import numpy as np
 from streams.formats import recognise
 from streams.formats.times import whole
 from streams.messages import Entry
-from streams.recording import Recorded, Recording, decode, is_recording, read_header
+from streams.recording import Recorded, Recording, is_recording, read_header
 from streams.validation import BadBarError, interval_ms
 from worker.errors import UsageError
-from worker.replay.lines import read_lines
+from worker.replay.outline import read_outline
 from worker.training.bars import read_bars
 
 AT_ONCE = 500
@@ -55,20 +55,12 @@ def read_speed(text: str) -> float | None:
     return speed
 
 
-def count_bars(path: Path) -> int | None:
-    """How many entries `read_entries` gives, None where only reading tells."""
-    return None if is_recording(path) else len(read_bars(path).bars)
-
-
-def keys_of(path: Path) -> list[str]:
-    """The inputs of a recording, those that were found while it was made included; none of other files."""
+def contents_of(path: Path) -> tuple[int, list[str]]:
+    """How many entries `read_entries` gives, and the inputs of a recording, those found while it was made included."""
     if not is_recording(path):
-        return []
-    told = (b"bars", b"")  # and what the bytes do not tell
-    texts = read_lines(Recording(path))
-    lines = (text[begin:end] for text, lines in texts for stream, begin, end in lines if stream in told)
-    found = [item.key for item in map(decode, lines) if item.stream == "bars"]
-    return list(dict.fromkeys([*read_header(path)["inputs"], *found]))
+        return len(read_bars(path).bars), []
+    outline = read_outline(Recording(path))
+    return outline.bars, list(dict.fromkeys([*read_header(path)["inputs"], *outline.keys]))
 
 
 def read_entries(path: Path) -> Iterator[Timed]:
