@@ -133,7 +133,7 @@ class FeedHealth:
         return self._rejects / len(self._recent) if self._recent else 0.0
 
     def _is_healthy(self) -> bool:
-        return len(self._recent) < FEED_MINIMUM or self.reject_ratio <= FEED_REJECT_LIMIT
+        return not self._rejects or len(self._recent) < FEED_MINIMUM or self.reject_ratio <= FEED_REJECT_LIMIT
 
     def pack(self) -> bytes:
         return seal(bytes(self._recent))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
-from streams.validation import BadBarError, check_size, read_flat, read_json
+from streams.validation import MAX_PAYLOAD_BYTES, BadBarError, Raw, check_size, read_flat, read_json
 
 _NATIVE = frozenset((b"symbol", b"ts", b"open", b"high", b"low", b"close", b"volume"))
 _ELSEWHERE = frozenset((b"data", b"topic", b"payload", b"start"))
 _JSON_STARTS = (b"{", b"[")
+_CONTROL = bytes(range(32)) + b"\x7f"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,27 @@ def _json_field(fields: Mapping[bytes, bytes]) -> bytes | None:
     return candidates[0] if len(candidates) == 1 else None
 
 
-def is_plain(fields: Mapping[bytes, bytes]) -> bool:
-    """Whether `fields` are a flat native bar beyond doubt, so that nothing else has to be tried."""
-    return fields.keys() >= _NATIVE and _ELSEWHERE.isdisjoint(fields)
+def read_plain(fields: Mapping[bytes, bytes]) -> Raw | None:
+    """What `read_document` reads of a flat native bar beyond doubt, at a fraction of its time; else None."""
+    if not fields.keys() >= _NATIVE:
+        return None
+    try:
+        names, room = _plain_names(tuple(fields))
+        values = b"\0".join(fields.values())
+        if len(values.translate(None, _CONTROL)) != len(values) - len(names) + 1 or len(values) > room:
+            return None
+        return dict(zip(names, values.decode().split("\0"), strict=True))
+    except (BadBarError, UnicodeDecodeError):
+        return None
+
+
+@lru_cache(maxsize=1024)
+def _plain_names(names: tuple[bytes, ...]) -> tuple[tuple[str, ...], int]:
+    """The fields of a native bar by name, and the room for their joined values; feeds use few sets of names.
+
+    Raises `BadBarError` for what is more than a native bar, so that no such names are kept.
+    """
+    if not _ELSEWHERE.isdisjoint(names):
+        raise BadBarError("type", "no flat native bar")
+    texts = tuple(read_flat(dict.fromkeys(names, b"")))
+    return texts, MAX_PAYLOAD_BYTES - len(b"".join(names)) + len(names) - 1

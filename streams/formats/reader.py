@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 from streams.codec import seal, unseal
 from streams.formats import binance, ccxt, cryptofeed, native, nautilus
-from streams.formats.document import Document, is_plain, read_document
+from streams.formats.document import Document, read_document, read_plain
 from streams.formats.times import whole
 from streams.messages import Entry
 from streams.validation import (
@@ -24,7 +24,6 @@ from streams.validation import (
     Raw,
     interval_ms,
     missing_bars,
-    read_flat,
 )
 
 Closing = Literal["flag", "next", "always"]
@@ -118,8 +117,8 @@ class FormatReader:
         with `closed` False. Raises `BadBarError`.
         """
         rule = self._rule(entry.key)
-        if rule is NO_RULE and is_plain(entry.fields):  # most entries, at a fraction of the time
-            return [read_flat(entry.fields)]
+        if rule is NO_RULE and (raw := read_plain(entry.fields)) is not None:
+            return [raw]
         name, raws = recognise(entry)
         if rule is not NO_RULE or name in TABLES:
             raws = [_completed(raw, rule, name) for raw in raws]

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streams.formats import FormatReader, InputRule, recognise
+from streams.formats.document import read_plain
 from streams.messages import Entry
-from streams.validation import REASONS, Limits
+from streams.validation import MAX_PAYLOAD_BYTES, REASONS, Limits
 from tests.formats.samples import FIRST_OPEN_MS, NOW_MS, entry
 from worker.intake import Accepted, Intake
 
@@ -400,6 +401,37 @@ def test_a_rule_for_another_key_changes_nothing(first, second, more, absent):
     """Nor does a rule for the entry's own key that says nothing of it."""
     item = entry(**{name: value for name, value in {**first, **second, **more}.items() if name not in absent})
     assert judged(item) == judged(item, InputRule("other", closed="next")) == judged(item, InputRule("feed"))
+
+
+further = st.dictionaries(
+    st.sampled_from([b"note", b"closed", b"start", b"topic", b"payload", b"data", b"\xff", b"a\n", b"n" * 60]),
+    st.sampled_from([b"", b"1", b"\0", b"a\0b", b"\x1f", b"\x7f", b"\xc3\xa9", b"\xc3", b"{}", b"\x80", b"x" * 3980]),
+    max_size=3,
+)
+
+
+@given(further=further, first=st.booleans(), absent=st.none() | st.sampled_from(sorted(NATIVE)))
+def test_a_plain_bar_is_read_as_every_entry_is_only_faster(further, first, absent):
+    bar = {name.encode(): value.encode() for name, value in NATIVE.items() if name != absent}
+    fields = {**further, **bar} if first else {**bar, **further}
+    plain = read_plain(fields)
+    if plain is not None:
+        assert recognise(Entry("feed", "1-0", fields)) == ("native", [plain])
+    assert (plain is None) == bool(
+        absent
+        or {b"start", b"topic", b"payload", b"data", b"\xff", b"a\n"} & further.keys()
+        or {b"\0", b"a\0b", b"\x1f", b"\x7f", b"\xc3", b"\x80"} & set(further.values())
+        or len(b"".join([*fields.keys(), *fields.values()])) > MAX_PAYLOAD_BYTES
+    )
+
+
+@pytest.mark.parametrize(("names", "size", "read"), [(64, 4096, True), (64, 4097, False), (65, 4096, False)])
+def test_a_plain_bar_has_the_limits_of_every_entry(names, size, read):
+    fields = {name.encode(): value.encode() for name, value in NATIVE.items()}
+    fields |= {b"%d" % n: b"" for n in range(names - len(fields))}
+    fields[b"0"] = b"x" * (size - len(b"".join([*fields.keys(), *fields.values()])))
+    assert (read_plain(fields) is not None) is read
+    assert bool(accept([Entry("feed", f"{T}-0", fields)]).bars) is read
 
 
 def test_a_native_bar_may_carry_a_field_with_json():
