@@ -19,36 +19,54 @@ class _Call(Generic[T]):
     answer: Future[T] = field(default_factory=Future)
 
     def __call__(self) -> None:
-        if self.answer.set_running_or_notify_cancel():
-            try:
-                self.answer.set_result(self.run())
-            except BaseException as error:  # noqa: BLE001 - it is the caller's, who asks for the answer
-                self.answer.set_exception(error)
+        if not self.answer.set_running_or_notify_cancel():
+            return
+        try:
+            self.answer.set_result(self.run())
+        except BaseException as error:
+            self.answer.set_exception(error)  # it is the caller's, who asks for the answer
+            if not isinstance(error, Exception):  # Ctrl-C is of the thread that computes
+                raise
 
 
 class Lanes(Generic[T]):
-    """Threads that compute the calls of several lanes; those of one lane never at once, nor in another order."""
+    """Computes the calls of several lanes; those of one lane never at once, nor in another order.
+
+    One thread gives calls and takes answers. It computes as well while it waits, so that there is one thread less than
+    cores, and none on a single one.
+    """
 
     def __init__(self, name: str) -> None:
-        self._threads = ThreadPoolExecutor(cores(), name)
+        threads = cores() - 1
+        self._threads = ThreadPoolExecutor(threads, name) if threads else None
         self._waiting: list[_Call[T]] = []
         self._busy: set[str] = set()
+        self._closed = False
         self._lock = Lock()
 
     def submit(self, lane: str, run: Callable[[], T]) -> Future[T]:
-        """The answer to come of `run`. Raises RuntimeError after `close`."""
+        """The answer to come of `run`; see `result`. Raises RuntimeError after `close`."""
+        if self._closed:
+            raise RuntimeError(f"a call of lane {lane} after the end")
         call = _Call(lane, run)
         with self._lock:
-            self._threads.submit(self._work)
+            if self._threads is not None:
+                self._threads.submit(self._work)
             self._waiting.append(call)
         return call.answer
+
+    def result(self, answer: Future[T]) -> T:
+        """The answer of a call, or what it raised. Until it is there, this thread computes what is ready."""
+        while not answer.done() and (call := self._next()) is not None:
+            self._compute(call)
+        if self._waiting and self._threads is not None:  # for a lane that this thread has left
+            self._threads.submit(self._work)
+        return answer.result()
 
     def _work(self) -> None:
         """Compute what is ready, until nothing is. A call behind another of its lane is left to who computes that."""
         while (call := self._next()) is not None:
-            call()
-            with self._lock:
-                self._busy.remove(call.lane)
+            self._compute(call)
 
     def _next(self) -> _Call[T] | None:
         """The oldest call whose lane is free, which is busy from now on."""
@@ -59,9 +77,19 @@ class Lanes(Generic[T]):
                 self._busy.add(call.lane)
             return call
 
+    def _compute(self, call: _Call[T]) -> None:
+        try:
+            call()
+        finally:
+            with self._lock:
+                self._busy.remove(call.lane)
+
     def close(self) -> None:
         """Wait for every call, and end the threads."""
-        self._threads.shutdown()
+        self._closed = True
+        self._work()
+        if self._threads is not None:
+            self._threads.shutdown()
 
 
 def cores() -> int:

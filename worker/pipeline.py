@@ -159,7 +159,7 @@ class Pipeline:
 
     def finish(self, underway: Underway, stopwatch: Stopwatch = nullcontext) -> Result:
         """The second half of `process`, in the order in which batches began. The result has no state: see `changes`."""
-        ballots = [ballot.result() for ballot in underway.asked]
+        ballots = self.agents.voting.ballots(underway.asked)
         return self._decide(*self.agents.judge(underway.vectors, ballots, stopwatch), stopwatch)
 
     @property

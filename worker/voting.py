@@ -280,7 +280,7 @@ class VotingStage:
 
     def vote(self, vectors: Vectors, stopwatch: Stopwatch = nullcontext) -> list[Ballot]:
         """One ballot an agent, in the order of the seats; the models run side by side."""
-        return [ballot.result() for ballot in self.ask(vectors, stopwatch)]
+        return self.ballots(self.ask(vectors, stopwatch))
 
     def ask(self, vectors: Vectors, stopwatch: Stopwatch = nullcontext) -> list[Future[Ballot]]:
         """As `vote`, without waiting for the ballots; an agent that is asked again answers in order.
@@ -294,6 +294,10 @@ class VotingStage:
             for stage in reversed(self.stages)
         ]
         return asked[::-1]
+
+    def ballots(self, asked: Sequence[Future[Ballot]]) -> list[Ballot]:
+        """What was asked for. Until all of it is there, this thread computes among the others."""
+        return [self._lanes.result(ballot) for ballot in asked]
 
     def _push(self, vectors: Vectors) -> dict[str, Windows]:
         """Append the ready vectors to their rings and cut out the windows that the models read."""

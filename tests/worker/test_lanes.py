@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.helpers import LIMIT_S
+from tests.helpers import LIMIT_S, wait_for
 from worker.lanes import Lanes, cores
 
 
@@ -39,7 +39,7 @@ def test_on_one_core_calls_run_one_by_one_in_the_order_in_which_they_were_given(
     with one_core():
         lanes: Lanes[int] = Lanes("test")
         answers = [lanes.submit(name, lambda n=n: run(n)) for n, name in enumerate(names)]  # type: ignore[misc]
-        assert [answer.result(LIMIT_S) for answer in answers] == list(range(len(names)))
+        assert [lanes.result(answer) for answer in answers] == list(range(len(names)))
     lanes.close()
     assert ran == list(range(len(names)))
 
@@ -51,11 +51,12 @@ def test_a_lane_that_waits_keeps_nobody_else_from_computing(monkeypatch: pytest.
     first = lanes.submit("slow", lambda: "first" if free.wait(LIMIT_S) else "never")
     second = lanes.submit("slow", lambda: "second")
     others = [lanes.submit("quick", lambda n=n: f"{n}") for n in range(3)]  # type: ignore[misc]
-    assert [answer.result(LIMIT_S) for answer in others] == ["0", "1", "2"]
+    wait_for(first.running)
+    assert [lanes.result(answer) for answer in others] == ["0", "1", "2"]
     assert not first.done()
     assert not second.done()
     free.set()
-    assert [first.result(LIMIT_S), second.result(LIMIT_S)] == ["first", "second"]
+    assert [lanes.result(first), lanes.result(second)] == ["first", "second"]
     lanes.close()
 
 
@@ -64,8 +65,8 @@ def test_what_a_call_raises_is_its_answer_and_the_next_one_runs() -> None:
     broken = lanes.submit("a", lambda: 1 / 0)
     whole = lanes.submit("a", lambda: 1.0)
     with pytest.raises(ZeroDivisionError):
-        broken.result(LIMIT_S)
-    assert whole.result(LIMIT_S) == 1.0
+        lanes.result(broken)
+    assert lanes.result(whole) == 1.0
     lanes.close()
 
 
@@ -89,19 +90,72 @@ def test_closing_waits_for_every_call_that_was_given() -> None:
 
 def test_after_the_end_a_call_is_refused_and_nobody_waits_for_ever() -> None:
     lanes: Lanes[int] = Lanes("test")
-    assert lanes.submit("a", lambda: 1).result(LIMIT_S) == 1
+    assert lanes.result(lanes.submit("a", lambda: 1)) == 1
     lanes.close()
-    with pytest.raises(RuntimeError, match="after shutdown"):
+    with pytest.raises(RuntimeError, match="after the end"):
         lanes.submit("a", lambda: 2)
     lanes.close()
 
 
-def test_a_call_that_is_cancelled_while_it_waits_stops_nobody() -> None:
+def test_a_call_that_is_cancelled_while_it_waits_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.lanes.cores", lambda: 2)
     lanes: Lanes[str] = Lanes("test")
     free = threading.Event()
     first = lanes.submit("a", lambda: "first" if free.wait(LIMIT_S) else "never")
     second, third = (lanes.submit("a", lambda n=n: n) for n in ("second", "third"))  # type: ignore[misc]
     assert second.cancel()
     free.set()
-    assert [first.result(LIMIT_S), third.result(LIMIT_S)] == ["first", "third"]
+    assert [lanes.result(first), lanes.result(third)] == ["first", "third"]
+    lanes.close()
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_who_waits_for_an_answer_computes_and_is_one_of_as_many_as_there_are_cores(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.lanes.cores", lambda: number)
+    lanes: Lanes[int] = Lanes("test")
+    together = threading.Barrier(number)
+
+    def run() -> int:
+        together.wait(LIMIT_S)  # none goes on before all of them compute
+        return threading.get_ident()
+
+    computed_by = [lanes.result(answer) for answer in [lanes.submit(f"{n}", run) for n in range(number)]]
+    assert threading.get_ident() in computed_by
+    assert len(set(computed_by)) == number
+    lanes.close()
+
+
+def test_a_call_behind_one_that_the_waiting_thread_computed_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.lanes.cores", lambda: 2)
+    lanes: Lanes[str] = Lanes("test")
+    free = threading.Event()
+    blocking = lanes.submit("slow", lambda: "slow" if free.wait(LIMIT_S) else "never")
+    wait_for(blocking.running)
+
+    def first() -> str:
+        free.set()  # the other thread finds nothing to do as long as this lane is busy
+        assert blocking.result(LIMIT_S) == "slow"
+        time.sleep(0.05)
+        return "first"
+
+    answers = [lanes.submit("a", first), lanes.submit("a", lambda: "second")]
+    assert lanes.result(answers[0]) == "first"
+    assert answers[1].result(LIMIT_S) == "second", "without anybody who waits for it in the lanes"
+    lanes.close()
+
+
+def test_ctrl_c_in_a_call_reaches_the_thread_that_computes_and_frees_its_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.lanes.cores", lambda: 1)
+    lanes: Lanes[str] = Lanes("test")
+
+    def interrupted() -> str:
+        raise KeyboardInterrupt
+
+    lanes.submit("a", interrupted)
+    second = lanes.submit("a", lambda: "second")
+    with pytest.raises(KeyboardInterrupt):
+        lanes.result(second)
+    assert lanes.result(second) == "second"
     lanes.close()

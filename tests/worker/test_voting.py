@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from agents.agent import Refusal
 from streams.contracts import V2, V3
 from streams.messages import AGENTS, Action, AgentState, Bar, Reason
-from tests.helpers import LIMIT_S
+from tests.helpers import LIMIT_S, wait_for
 from tests.worker.small import falling, model, rising, seat
 from worker.batches import STATES, Ballot, Vectors
 from worker.intake import Accepted
@@ -85,11 +85,13 @@ def test_an_agent_that_is_asked_again_before_it_answered_answers_in_order(monkey
         stage.ask(vectors(values[:2], ready=np.array([False, True]))),
         stage.ask(vectors(values[2:])),
     )
-    assert len(other.result(LIMIT_S).action) == 1, "another agent does not wait for it"
+    wait_for(first.running)
+    assert len(stage.ballots([other])[0].action) == 1, "another agent does not wait for it"
     assert not second.done()
     free.set()
-    assert votes(second.result(LIMIT_S)) == [("BUY", None, "active")] * 3
-    assert votes(first.result(LIMIT_S)) == [("BUY", None, "active")]
+    late, early = stage.ballots([second, first])
+    assert votes(late) == [("BUY", None, "active")] * 3
+    assert votes(early) == [("BUY", None, "active")]
     assert asked == [1, 3]
     stage.close()
 
