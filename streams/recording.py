@@ -10,8 +10,8 @@ file is its header; each other line is one entry:
 JSON encodes again to the same bytes; `raw` beside it holds the text where it does not. Flat entries have
 `fields`, and what is not UTF-8 is `base64`, a list of pairs. So every entry reads back byte for byte.
 
-Before a frame may stand a note of what it holds, in a skippable frame, which every reader of zstd passes over: sealed,
-and with the checksum of the frame that it speaks of. It spares reading that frame, and says nothing that is not there.
+Before a frame may stand a note of what it holds, in a skippable frame, which every reader of zstd passes over: its
+length once more, then the note, sealed, with the checksum of the frame that it speaks of. It can spare reading it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ FORMAT = 1
 MIB = 1 << 20
 FRAME_BYTES = MIB
 _CHUNK = 1 << 16
+_FIRST_CHUNK = 1 << 12
 _NOTE = (0x184D2A5A).to_bytes(4, "little")
 """One of the sixteen beginnings of a skippable frame; the length of its content follows, in four bytes."""
-_NOTE_BYTES = MIB
+_NOTE_BYTES = 1 << 16
 _CHECKSUM = 4
 """Bytes of the checksum of its content at the end of a frame."""
 _SUFFIXES = (".jsonl.zst", ".zst", "")
@@ -257,8 +258,9 @@ def _noted(frame: bytes, note: Note | None) -> bytes:
     """A frame behind its note."""
     if note is None:
         return frame
-    content = seal({**note, "bytes": len(frame), "checksum": frame[-_CHECKSUM:]})
-    return _NOTE + len(content).to_bytes(4, "little") + content + frame
+    sealed = seal({**note, "bytes": len(frame), "checksum": frame[-_CHECKSUM:]})
+    length = (4 + len(sealed)).to_bytes(4, "little")
+    return _NOTE + length + length + sealed + frame if len(sealed) < _NOTE_BYTES else frame
 
 
 # ------------------------------------------------------------------ reading
@@ -282,46 +284,55 @@ class Frames:
         Raises `RecordingError` where a frame is damaged.
         """
         size = self.path.stat().st_size
-        with self.path.open("rb") as file:
+        decompressor = zstandard.ZstdDecompressor()
+        with self.path.open("rb", buffering=_CHUNK) as file:
             while self.whole < size:
-                note, begin = _read_note(file, self.whole)
-                if note is not None and known(note):
-                    self.whole = begin + note["bytes"]
-                    continue
-                text, end = self._read(file, begin, size)
-                if text is None:
+                begin, frame = self.whole, decompressor.decompressobj()
+                try:
+                    note, begin = _read_note(file, begin)
+                    if note is not None and known(note):
+                        self.whole = begin + note["bytes"]
+                        continue
+                    file.seek(begin)
+                    lines = [frame.decompress(chunk) for chunk in _chunks(file, frame)]
+                except (zstandard.ZstdError, ValueError) as error:
+                    raise RecordingError(
+                        f"{self.path}: damaged in the frame at byte {begin} of {size}: {error}"
+                    ) from error
+                if not frame.eof:
                     break
-                self.whole = end
-                yield text
+                self.whole = file.tell() - len(frame.unused_data)
+                yield b"".join(lines)
         self.cut = size - self.whole
 
-    def _read(self, file: BinaryIO, begin: int, size: int) -> tuple[bytes | None, int]:
-        """The content of the frame at `begin`, None of an unfinished one, and where it ends."""
-        file.seek(begin)
-        frame, lines = zstandard.ZstdDecompressor().decompressobj(), []
-        while not frame.eof and (chunk := file.read(_CHUNK)):
-            try:
-                lines.append(frame.decompress(chunk))
-            except zstandard.ZstdError as error:
-                raise RecordingError(f"{self.path}: damaged in the frame at byte {begin} of {size}: {error}") from error
-        return (b"".join(lines) if frame.eof else None), file.tell() - len(frame.unused_data)
+
+def _chunks(file: BinaryIO, frame: Any) -> Iterator[bytes]:
+    """Bytes until the end of the frame, or of the file; most frames of a quiet feed are small."""
+    size = _FIRST_CHUNK
+    while not frame.eof and (chunk := file.read(size)):
+        yield chunk
+        size = _CHUNK
 
 
 def _read_note(file: BinaryIO, at: int) -> tuple[Note | None, int]:
-    """The note at this place, None where there is none of the frame behind it, and where that frame begins."""
+    """The note at this place, None where there is none of the frame behind it, and where that frame begins.
+
+    A length that is damaged would hide all that follows, so it is not believed alone.
+    """
     file.seek(at)
-    head = file.read(8)
-    length = int.from_bytes(head[4:], "little")
-    if not head.startswith(_NOTE) or length > _NOTE_BYTES:
+    head = file.read(12)
+    if not head.startswith(_NOTE) or len(head) < 12:
         return None, at
-    content = file.read(length)
-    begin = at + len(head) + length
+    if head[4:8] != head[8:]:
+        raise ValueError("its note says two lengths")
+    length = int.from_bytes(head[4:8], "little")
+    begin = at + 8 + length
     try:
-        note = unseal("note", content)
-        file.seek(begin + note["bytes"] - _CHECKSUM)
-        return (note if file.read(_CHECKSUM) == note["checksum"] else None), begin
+        note = unseal("note", file.read(length - 4))
     except StateCorruptError:
         return None, begin
+    file.seek(begin + note["bytes"] - _CHECKSUM)
+    return (note if file.read(_CHECKSUM) == note["checksum"] else None), begin
 
 
 @dataclass

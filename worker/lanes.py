@@ -23,10 +23,13 @@ class _Call(Generic[T]):
             return
         try:
             self.answer.set_result(self.run())
-        except BaseException as error:
-            self.answer.set_exception(error)  # it is the caller's, who asks for the answer
-            if not isinstance(error, Exception):  # Ctrl-C is of the thread that computes
-                raise
+        except BaseException as error:  # noqa: BLE001 - it is the caller's, who asks for the answer
+            self.answer.set_exception(error)
+
+    def interruption(self) -> BaseException | None:
+        """What ended it that was no error: Ctrl-C."""
+        error = None if self.answer.cancelled() else self.answer.exception()
+        return None if isinstance(error, Exception) else error
 
 
 class Lanes(Generic[T]):
@@ -46,10 +49,10 @@ class Lanes(Generic[T]):
 
     def submit(self, lane: str, run: Callable[[], T]) -> Future[T]:
         """The answer to come of `run`; see `result`. Raises RuntimeError after `close`."""
-        if self._closed:
-            raise RuntimeError(f"a call of lane {lane} after the end")
         call = _Call(lane, run)
         with self._lock:
+            if self._closed:
+                raise RuntimeError(f"a call of lane {lane} after the end")
             if self._threads is not None:
                 self._threads.submit(self._work)
             self._waiting.append(call)
@@ -59,8 +62,11 @@ class Lanes(Generic[T]):
         """The answer of a call, or what it raised. Until it is there, this thread computes what is ready."""
         while not answer.done() and (call := self._next()) is not None:
             self._compute(call)
-        if self._waiting and self._threads is not None:  # for a lane that this thread has left
-            self._threads.submit(self._work)
+            if (interruption := call.interruption()) is not None:
+                raise interruption
+        with self._lock:  # somebody has to look at the lane that this thread leaves
+            if self._waiting and self._threads is not None and not self._closed:
+                self._threads.submit(self._work)
         return answer.result()
 
     def _work(self) -> None:
@@ -78,15 +84,14 @@ class Lanes(Generic[T]):
             return call
 
     def _compute(self, call: _Call[T]) -> None:
-        try:
-            call()
-        finally:
-            with self._lock:
-                self._busy.remove(call.lane)
+        call()
+        with self._lock:
+            self._busy.remove(call.lane)
 
     def close(self) -> None:
         """Wait for every call, and end the threads."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
         self._work()
         if self._threads is not None:
             self._threads.shutdown()

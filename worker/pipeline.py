@@ -149,7 +149,7 @@ class Pipeline:
         poison: frozenset[tuple[str, str]] = frozenset(),
         stopwatch: Stopwatch = nullcontext,
     ) -> Underway:
-        """The first half of `process`: the models compute, and the caller goes on to other work.
+        """The first half of `process`: the models compute on the other cores, and the caller goes on to other work.
 
         The next batch may begin before this one is finished where nothing that its end decides matters to
         it: `is_steady`.

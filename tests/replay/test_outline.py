@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from streams.recording import Item, Lost, Recorded, Recording, Writer, read_header
+from streams.recording import Item, Lost, Recorded, Recording, RecordingError, Writer, read_header
 from tests.replay.scene import Scene
-from worker.replay.outline import Outline, note_of, read_outline
+from worker.replay.outline import RULES, Outline, note_of, read_outline
+from worker.replay.publish import contents_of
 
 HEADER = {"id": "x", "part": 1, "namespace": "q", "inputs": ["q:bars"], "positions": {}}
 FRAMES, NEWS, BARS = 8, 5, 4
@@ -81,6 +82,14 @@ NOTHING_NEW = {
     "a key that was found later": [bar(21, 'q:"\u00e9'), bar(22, "q:other")],
     "a rejection that the entry explains": [rejected("ohlc")],
     "an event of no place": [event("feed_unhealthy", reject_ratio=0.1)],
+    "a vote with a field of its own": [
+        Recorded(
+            "votes:xgboost",
+            "q:votes:xgboost",
+            "21-0",
+            {b"data": b'{"bar_id":"A|1m|21","version":"v1","reason":null}', b"trace": b"abc"},
+        )
+    ],
     "an order": [Recorded("control", "q:control", "21-0", {b"op": b"mute"})],
 }
 SOMETHING_NEW = {
@@ -118,6 +127,41 @@ def test_an_outline_by_notes_is_that_of_every_line(
     assert all_of_it == FRAMES
     # The first frame says who votes; after another version's votes those of the first are news again.
     assert read == 1 + (items in SOMETHING_NEW.values()) + (items is SOMETHING_NEW["another version"])
+
+
+@pytest.mark.parametrize("rules", [RULES + 1, 0])
+def test_a_note_by_other_rules_is_not_believed(rules: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "other.jsonl.zst"
+    with Writer(file, lambda text: {**(note_of(text) or {}), "rules": rules}) as writer:
+        writer.header(HEADER)
+        for number in range(2):
+            for item in frame_of(number):
+                writer.add(item)
+            writer.flush()
+    outline, read = read_of(file, monkeypatch)
+    assert (outline.bars, read) == (2 * BARS, 2)
+    assert contents_of(file) == (2 * BARS, ["q:bars"])
+
+
+STRANGE = [
+    entry("votes:xgboost", 21, foo=1),
+    entry("events", 21, kind="started", evidence={}, agent="", reason=""),
+    entry("events", 21, kind="started", evidence=[1], agent="", reason=""),
+    Recorded("events", "q:events", "21-0", {b"x": b"1"}),
+    Recorded("signals", "q:signals", "21-0", {b"data": b'{"status":"stale"}'}),
+    Recorded("rejected", "q:rejected", "21-0", {b"reason": b"future"}),
+]
+
+
+@pytest.mark.parametrize("item", STRANGE, ids=str)
+@pytest.mark.parametrize("noted", [False, True])
+def test_what_no_worker_wrote_is_named_and_its_recording_can_be_published(
+    item: Recorded, noted: bool, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "x.jsonl.zst", [frame_of(0), [*frame_of(1), item]], noted=noted)
+    assert contents_of(file) == (2 * BARS, ["q:bars"])
+    with pytest.raises(RecordingError, match=rf"{item.key} 21-0: no worker wrote this entry"):
+        read_outline(Recording(file))
 
 
 def test_keys_are_told_by_their_names(tmp_path: Path) -> None:

@@ -146,6 +146,22 @@ def test_a_call_behind_one_that_the_waiting_thread_computed_is_not_forgotten(mon
     lanes.close()
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_call_that_ends_its_thread_holds_up_nobody_behind_it(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.lanes.cores", lambda: number)
+    lanes: Lanes[str] = Lanes("test")
+
+    def leaving() -> str:
+        time.sleep(0.05)
+        raise SystemExit
+
+    first, second = lanes.submit("a", leaving), lanes.submit("a", lambda: "second")
+    with pytest.raises(SystemExit):
+        lanes.result(first)
+    assert lanes.result(second) == "second"
+    lanes.close()
+
+
 def test_ctrl_c_in_a_call_reaches_the_thread_that_computes_and_frees_its_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.lanes.cores", lambda: 1)
     lanes: Lanes[str] = Lanes("test")

@@ -195,14 +195,42 @@ def test_a_note_is_believed_of_its_own_frame_alone_and_unless_it_is_damaged(tmp_
     file, other = tmp_path / "x.zst", tmp_path / "other.zst"
     first, second, _, _ = noted(file)
     data = file.read_bytes()
-    length = int.from_bytes(data[first + 4 : first + 8], "little")
-    begin = first + 8 + length
-    damaged = [data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :] for at in range(first + 8, begin)]
+    begin = first + 8 + int.from_bytes(data[first + 4 : first + 8], "little")
+    damaged = [data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :] for at in range(first + 12, begin)]
     parted = data[:begin] + data[second:]  # the first note, then the second with its frame
     for changed, kept in (*((one, NOTED[:1]) for one in damaged), (parted, NOTED[1:2])):
         other.write_bytes(changed)
         texts = [text for text in Recording(other).texts(lambda _: True) if text]
         assert [[decode(line) for line in text.splitlines()] for text in texts] == kept
+
+
+def test_no_bit_that_flips_hides_an_entry_behind_it(tmp_path: Path) -> None:
+    file, other = tmp_path / "x.zst", tmp_path / "other.zst"
+    first, second, _, _ = noted(file)
+    data = file.read_bytes()
+    whole = read = 0
+    for bit in range(8 * first, 8 * second):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        other.write_bytes(flipped)
+        for known in (False, True):
+            recording = Recording(other)
+            try:
+                texts = [text for text in recording.texts(lambda _, known=known: known) if text]
+            except RecordingError:
+                continue
+            read += 1
+            whole += recording.cut == 0 and (known or len(texts) == 3)
+    assert read == whole > 0
+
+
+def test_a_note_that_is_too_long_is_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "x.zst"
+    with Writer(file, lambda _: {"inputs": ["x" * 100_000]}) as writer:
+        writer.header({"id": "x", "part": 1, "positions": {}})
+        writer.add(NOTED[0][0])
+    assert list(Recording(file)) == NOTED[0][:1]
+    assert file.stat().st_size < 1_000
 
 
 def test_a_damaged_frame_in_the_middle_is_named_by_its_place(valkey: str, namespace: str, tmp_path: Path) -> None:

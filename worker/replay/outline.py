@@ -10,13 +10,16 @@ from typing import Any
 import orjson
 
 from streams.messages import CANARY, Entry
-from streams.recording import Lost, Note, Recorded, Recording, decode, key_of
+from streams.recording import Lost, Note, Recorded, Recording, RecordingError, decode, key_of
 from streams.store import id_tuple
 from worker.replay.lines import Line, lines_of, read_lines
 from worker.roster import Artifact
 
 DECIDED_THEN = ("future", "poison")
 """Rejections that the entry alone does not explain: they are taken from the recording."""
+
+RULES = 1
+"""By which rules a note says that nothing is new: to be raised where an outline begins to look for more."""
 
 VOTES = "votes:"
 CONTROL = ":control"
@@ -94,7 +97,9 @@ class Outline:
     def take_note(self, note: Note) -> bool:
         """Take a frame by its note alone, where that tells all: bars, and votes by the versions of before."""
         versions = note["versions"].items()
-        if not note["quiet"] or any(self._ordinary.get(_votes_of(a)) != _naming(v) for a, v in versions):
+        if note["rules"] != RULES or not note["quiet"]:
+            return False
+        if any(self._ordinary.get(_votes_of(a)) != _naming(v) for a, v in versions):
             return False
         self.bars += note["bars"]
         self.inputs |= {_escaped(key) for key in note["inputs"]}
@@ -114,7 +119,13 @@ class Outline:
                 self.note(decode(text[begin:end]))
 
     def note(self, item: Recorded | Lost) -> None:
-        """Note one entry, or a loss."""
+        """Note one entry, or a loss. Raises `RecordingError` for what no worker wrote; strangers append as well."""
+        try:
+            self._note(item)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise RecordingError(f"{item.key} {item.id}: no worker wrote this entry ({error!r})") from error
+
+    def _note(self, item: Recorded | Lost) -> None:
         stream = item.stream
         if isinstance(item, Lost):
             self.lost[stream] += item.entries
@@ -143,9 +154,11 @@ class Outline:
         """Follow the version of an agent's votes; a change is a step."""
         vote = orjson.loads(item.fields[b"data"])
         version, agent = vote["version"], item.stream.removeprefix(VOTES)
+        said = self._ordinary.get(_votes_of(agent))
         self._ordinary[_votes_of(agent)] = _naming(version)
         if agent not in self.versions:
             self.versions[agent] = version, vote["reason"] or ""
+        if said in (None, _naming(version)):
             return
         ms, seq = id_tuple(item.id)
         before = (ms, seq - 1) if seq else (ms - 1, 1 << 62)
@@ -222,11 +235,13 @@ def note_of(text: bytes) -> Note | None:
     found = Outline()
     try:
         found.take(text, lines_of(text, {}))
+        keys = found.keys
     except Exception:  # noqa: BLE001 - whoever reads the frame meets it and tells
         return None
     return {
+        "rules": RULES,
         "bars": found.bars,
-        "inputs": found.keys,
+        "inputs": keys,
         "versions": {agent: version for agent, (version, _) in found.versions.items()},
         "quiet": replace(found, bars=0, inputs=set(), versions={}, _ordinary={}) == Outline(),
     }

@@ -15,10 +15,11 @@ import numpy as np
 from streams.formats import recognise
 from streams.formats.times import whole
 from streams.messages import Entry
-from streams.recording import Recorded, Recording, is_recording, read_header
+from streams.recording import Item, Note, Recorded, Recording, decode, is_recording, read_header
 from streams.validation import BadBarError, interval_ms
 from worker.errors import UsageError
-from worker.replay.outline import read_outline
+from worker.replay.lines import read_lines
+from worker.replay.outline import RULES
 from worker.training.bars import read_bars
 
 AT_ONCE = 500
@@ -55,12 +56,36 @@ def read_speed(text: str) -> float | None:
     return speed
 
 
+@dataclass
+class _Told:
+    """The bars that were counted so far, and their inputs."""
+
+    keys: dict[str, None]
+    entries: int = 0
+
+    def take_note(self, note: Note) -> bool:
+        """Whether a frame's note tells."""
+        if note["rules"] != RULES:
+            return False
+        self.keys |= dict.fromkeys(note["inputs"])
+        self.entries += note["bars"]
+        return True
+
+    def take(self, items: Iterable[Item]) -> None:
+        """Look at those that may be bars: strangers may have appended anything to the other streams."""
+        bars = [item for item in items if item.stream == "bars"]
+        self.keys |= dict.fromkeys(item.key for item in bars)
+        self.entries += sum(isinstance(item, Recorded) for item in bars)
+
+
 def contents_of(path: Path) -> tuple[int, list[str]]:
     """How many entries `read_entries` gives, and the inputs of a recording, those found while it was made included."""
     if not is_recording(path):
         return len(read_bars(path).bars), []
-    outline = read_outline(Recording(path))
-    return outline.bars, list(dict.fromkeys([*read_header(path)["inputs"], *outline.keys]))
+    told = _Told(dict.fromkeys(read_header(path)["inputs"]))
+    for text, lines in read_lines(Recording(path), told.take_note):
+        told.take(decode(text[begin:end]) for stream, begin, end in lines if stream in (b"bars", b""))
+    return told.entries, list(told.keys)
 
 
 def read_entries(path: Path) -> Iterator[Timed]:
