@@ -16,6 +16,7 @@ from streams.formats import FormatReader
 from streams.recording import Recorded, Recording
 from streams.redis import connect
 from tests.chaos.scene import FIRST_MS, market
+from tests.helpers import wait_for
 from tests.replay.scene import Scene
 from worker.control import Order
 from worker.logs import make_logger
@@ -57,6 +58,26 @@ def copy_as(folder: Path, agent: str, year: str) -> Path:
     return model
 
 
+ANSWERS = {"canary_started", "shadow_started", "promoted", "rolled_back", "order_refused"}
+
+
+def obey(scene: Scene, order: Order) -> None:
+    """Let a worker carry out an order before the next bar comes: loading takes as long as it takes."""
+    with connect(scene.url) as client:
+
+        def answers() -> int:
+            events = client.xrange(f"{scene.namespace}:events")
+            return sum(json.loads(fields[b"data"])["kind"] in ANSWERS for _, fields in events)
+
+        def is_answered() -> bool:
+            scene.work()
+            return answers() > before
+
+        before = answers()
+        client.xadd(f"{scene.namespace}:control", {"data": order.encode()})
+        wait_for(is_answered)
+
+
 def test_a_promotion_a_shadow_and_the_way_back_to_the_version_before(
     scene: Scene, models: Path, tmp_path: Path
 ) -> None:
@@ -80,8 +101,7 @@ def test_a_promotion_a_shadow_and_the_way_back_to_the_version_before(
     for place, order in shares.items():
         scene.feed(bars[begun:place], first=begun)
         scene.work()
-        with connect(scene.url) as client:
-            client.xadd(f"{scene.namespace}:control", {"data": order.encode()})
+        obey(scene, order)
         begun = place
     scene.feed(bars[begun:], first=begun)
     scene.work()
