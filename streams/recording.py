@@ -75,6 +75,8 @@ Item = Recorded | Lost
 Note = Mapping[str, Any]
 """What a frame holds, in a few plain values."""
 NoteOf = Callable[[bytes], Note | None]
+Known = Callable[[Note], bool]
+"""Whether a frame need not be read, by its note."""
 
 
 def encode(item: Item) -> bytes:
@@ -266,7 +268,8 @@ def _noted(frame: bytes, note: Note | None) -> bytes:
 # ------------------------------------------------------------------ reading
 
 
-def _unread(_: Note) -> bool:
+def unknown(_: Note) -> bool:
+    """`Known` of who reads every frame."""
     return False
 
 
@@ -278,7 +281,7 @@ class Frames:
     whole: int = 0
     cut: int = 0
 
-    def texts(self, known: Callable[[Note], bool] = _unread) -> Iterator[bytes]:
+    def texts(self, known: Known = unknown) -> Iterator[bytes]:
         """Each frame's lines; frames whose note is `known` are left out unread.
 
         Raises `RecordingError` where a frame is damaged.
@@ -287,23 +290,45 @@ class Frames:
         decompressor = zstandard.ZstdDecompressor()
         with self.path.open("rb", buffering=_CHUNK) as file:
             while self.whole < size:
-                begin, frame = self.whole, decompressor.decompressobj()
+                note, begin = self._read_note(file)
+                if note is not None and known(note):
+                    self.whole = begin + note["bytes"]
+                    continue
+                file.seek(begin)
+                frame = decompressor.decompressobj()
                 try:
-                    note, begin = _read_note(file, begin)
-                    if note is not None and known(note):
-                        self.whole = begin + note["bytes"]
-                        continue
-                    file.seek(begin)
                     lines = [frame.decompress(chunk) for chunk in _chunks(file, frame)]
-                except (zstandard.ZstdError, ValueError) as error:
-                    raise RecordingError(
-                        f"{self.path}: damaged in the frame at byte {begin} of {size}: {error}"
-                    ) from error
+                except zstandard.ZstdError as error:
+                    raise self._damaged(begin, error) from error
                 if not frame.eof:
                     break
                 self.whole = file.tell() - len(frame.unused_data)
                 yield b"".join(lines)
         self.cut = size - self.whole
+
+    def _read_note(self, file: BinaryIO) -> tuple[Note | None, int]:
+        """The note that comes next, None where there is none of the frame behind it, and where that frame begins.
+
+        A length that is damaged would hide all that follows, so it is not believed alone.
+        """
+        file.seek(self.whole)
+        head = file.read(12)
+        if not head.startswith(_NOTE) or len(head) < 12:
+            return None, self.whole
+        if head[4:8] != head[8:]:
+            raise self._damaged(self.whole, "its note says two lengths")
+        length = int.from_bytes(head[4:8], "little")
+        begin = self.whole + 8 + length
+        try:
+            note = unseal("note", file.read(length - 4))
+        except StateCorruptError:
+            return None, begin
+        file.seek(begin + note["bytes"] - _CHECKSUM)
+        return (note if file.read(_CHECKSUM) == note["checksum"] else None), begin
+
+    def _damaged(self, at: int, problem: object) -> RecordingError:
+        size = self.path.stat().st_size
+        return RecordingError(f"{self.path}: damaged in the frame at byte {at} of {size}: {problem}")
 
 
 def _chunks(file: BinaryIO, frame: Any) -> Iterator[bytes]:
@@ -312,27 +337,6 @@ def _chunks(file: BinaryIO, frame: Any) -> Iterator[bytes]:
     while not frame.eof and (chunk := file.read(size)):
         yield chunk
         size = _CHUNK
-
-
-def _read_note(file: BinaryIO, at: int) -> tuple[Note | None, int]:
-    """The note at this place, None where there is none of the frame behind it, and where that frame begins.
-
-    A length that is damaged would hide all that follows, so it is not believed alone.
-    """
-    file.seek(at)
-    head = file.read(12)
-    if not head.startswith(_NOTE) or len(head) < 12:
-        return None, at
-    if head[4:8] != head[8:]:
-        raise ValueError("its note says two lengths")
-    length = int.from_bytes(head[4:8], "little")
-    begin = at + 8 + length
-    try:
-        note = unseal("note", file.read(length - 4))
-    except StateCorruptError:
-        return None, begin
-    file.seek(begin + note["bytes"] - _CHECKSUM)
-    return (note if file.read(_CHECKSUM) == note["checksum"] else None), begin
 
 
 @dataclass
@@ -369,7 +373,7 @@ class Recording:
         """Whether the last part has no whole frame: a recorder was killed before it wrote an entry there."""
         return not following.exists() and next(Frames(path).texts(), None) is None
 
-    def texts(self, known: Callable[[Note], bool] = _unread) -> Iterator[bytes]:
+    def texts(self, known: Known = unknown) -> Iterator[bytes]:
         """Whole lines, a frame at a time, headers left out, and frames whose note is `known`."""
         cut = 0
         for path, _ in self.parts():

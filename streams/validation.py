@@ -64,7 +64,8 @@ _SYMBOL = re.compile(r"[A-Za-z0-9._:/-]+")
 _INTERVAL = re.compile(r"([1-9][0-9]{0,4})([smhd])")
 _PLAIN_OHLCV = re.compile(r"(?:[0-9]{1,12}(?:\.[0-9]{1,20})?,){4}[0-9]{1,15}(?:\.[0-9]{1,20})?")
 """Within every limit but those of sign and shape: under 1e12 and 1e18, 0 or at least 1e-20, no long integer."""
-_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
+CONTROL = bytes(range(32)) + b"\x7f"
+_CONTROL = re.compile(b"[%b]" % re.escape(CONTROL))
 _JSON_CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _TRUE = frozenset(("true", "1"))
 _FALSE = frozenset(("false", "0"))

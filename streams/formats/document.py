@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from streams.validation import MAX_PAYLOAD_BYTES, BadBarError, Raw, check_size, read_flat, read_json
+from streams.validation import CONTROL, MAX_PAYLOAD_BYTES, BadBarError, Raw, check_size, read_flat, read_json
 
 _NATIVE = frozenset((b"symbol", b"ts", b"open", b"high", b"low", b"close", b"volume"))
 _ELSEWHERE = frozenset((b"data", b"topic", b"payload", b"start"))
 _JSON_STARTS = (b"{", b"[")
-_CONTROL = bytes(range(32)) + b"\x7f"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ def read_plain(fields: Mapping[bytes, bytes]) -> Raw | None:
     try:
         names, room = _plain_names(tuple(fields))
         values = b"\0".join(fields.values())
-        if len(values.translate(None, _CONTROL)) != len(values) - len(names) + 1 or len(values) > room:
+        if len(values.translate(None, CONTROL)) != len(values) - len(names) + 1 or len(values) > room:
             return None
         return dict(zip(names, values.decode().split("\0"), strict=True))
     except (BadBarError, UnicodeDecodeError):

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from streams.recording import Item, Lost, Recorded, Recording, RecordingError, Writer, read_header
-from tests.replay.scene import Scene
+from streams.recording import Item, Lost, NoteOf, Recorded, Recording, RecordingError, Writer
+from tests.replay.scene import Scene, rewrite
 from worker.replay.outline import RULES, Outline, note_of, read_outline
 from worker.replay.publish import contents_of
 
@@ -41,8 +41,12 @@ def frame_of(number: int) -> list[Item]:
     return items
 
 
-def write(path: Path, frames: Sequence[Sequence[Item]], *, noted: bool = True) -> Path:
-    with Writer(path, note_of) if noted else Writer(path) as writer:
+def unnoted(_: bytes) -> None:
+    return None
+
+
+def write(path: Path, frames: Sequence[Sequence[Item]], note: NoteOf = note_of) -> Path:
+    with Writer(path, note) as writer:
         writer.header(HEADER)
         for items in frames:
             for item in items:
@@ -121,7 +125,7 @@ def test_an_outline_by_notes_is_that_of_every_line(
 ) -> None:
     frames = [[*frame_of(number), *(items if number == NEWS else ())] for number in range(FRAMES)]
     told, read = read_of(write(tmp_path / "noted.jsonl.zst", frames), monkeypatch)
-    every, all_of_it = read_of(write(tmp_path / "plain.jsonl.zst", frames, noted=False), monkeypatch)
+    every, all_of_it = read_of(write(tmp_path / "plain.jsonl.zst", frames, unnoted), monkeypatch)
     assert told == every
     assert told.bars == FRAMES * BARS + sum(i.stream == "bars" and isinstance(i, Recorded) for i in items)
     assert all_of_it == FRAMES
@@ -131,13 +135,7 @@ def test_an_outline_by_notes_is_that_of_every_line(
 
 @pytest.mark.parametrize("rules", [RULES + 1, 0])
 def test_a_note_by_other_rules_is_not_believed(rules: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "other.jsonl.zst"
-    with Writer(file, lambda text: {**(note_of(text) or {}), "rules": rules}) as writer:
-        writer.header(HEADER)
-        for number in range(2):
-            for item in frame_of(number):
-                writer.add(item)
-            writer.flush()
+    file = write(tmp_path / "other.jsonl.zst", [frame_of(0), frame_of(1)], lambda _: {"rules": rules})
     outline, read = read_of(file, monkeypatch)
     assert (outline.bars, read) == (2 * BARS, 2)
     assert contents_of(file) == (2 * BARS, ["q:bars"])
@@ -154,11 +152,11 @@ STRANGE = [
 
 
 @pytest.mark.parametrize("item", STRANGE, ids=str)
-@pytest.mark.parametrize("noted", [False, True])
+@pytest.mark.parametrize("note", [note_of, unnoted])
 def test_what_no_worker_wrote_is_named_and_its_recording_can_be_published(
-    item: Recorded, noted: bool, tmp_path: Path
+    item: Recorded, note: NoteOf, tmp_path: Path
 ) -> None:
-    file = write(tmp_path / "x.jsonl.zst", [frame_of(0), [*frame_of(1), item]], noted=noted)
+    file = write(tmp_path / "x.jsonl.zst", [frame_of(0), [*frame_of(1), item]], note)
     assert contents_of(file) == (2 * BARS, ["q:bars"])
     with pytest.raises(RecordingError, match=rf"{item.key} 21-0: no worker wrote this entry"):
         read_outline(Recording(file))
@@ -182,10 +180,6 @@ def test_what_strangers_append_is_recorded_all_the_same(
 
 def test_a_workers_day_has_the_outline_of_its_every_line(day: tuple[Scene, Path], tmp_path: Path) -> None:
     _, file = day
-    plain = tmp_path / "plain.jsonl.zst"
-    with Writer(plain) as writer:
-        writer.header({name: value for name, value in read_header(file).items() if name != "recording"})
-        for item in Recording(file):
-            writer.add(item)
+    plain = rewrite(file, tmp_path / "plain.jsonl.zst", lambda item: [item])
     assert read_outline(Recording(file)) == read_outline(Recording(plain))
     assert plain.stat().st_size < file.stat().st_size

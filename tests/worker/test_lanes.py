@@ -6,12 +6,16 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
 from tests.helpers import LIMIT_S, wait_for
 from worker.lanes import Lanes, cores
+
+Blocked = tuple[Lanes[Any], Future[str], threading.Event]
 
 
 @contextmanager
@@ -22,6 +26,22 @@ def one_core() -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+def lanes_of(number: int, monkeypatch: pytest.MonkeyPatch) -> Lanes[Any]:
+    """On so many cores."""
+    monkeypatch.setattr("worker.lanes.cores", lambda: number)
+    return Lanes("test")
+
+
+@pytest.fixture
+def blocked(monkeypatch: pytest.MonkeyPatch) -> Blocked:
+    """Lanes of two cores, and the call of lane `slow` that their one thread is busy with until the event is set."""
+    lanes = lanes_of(2, monkeypatch)
+    free = threading.Event()
+    first = lanes.submit("slow", lambda: "first" if free.wait(LIMIT_S) else "never")
+    wait_for(first.running)
+    return lanes, first, free
 
 
 def test_on_one_core_calls_run_one_by_one_in_the_order_in_which_they_were_given() -> None:
@@ -44,14 +64,10 @@ def test_on_one_core_calls_run_one_by_one_in_the_order_in_which_they_were_given(
     assert ran == list(range(len(names)))
 
 
-def test_a_lane_that_waits_keeps_nobody_else_from_computing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.lanes.cores", lambda: 2)
-    lanes: Lanes[str] = Lanes("test")
-    free = threading.Event()
-    first = lanes.submit("slow", lambda: "first" if free.wait(LIMIT_S) else "never")
+def test_a_lane_that_waits_keeps_nobody_else_from_computing(blocked: Blocked) -> None:
+    lanes, first, free = blocked
     second = lanes.submit("slow", lambda: "second")
     others = [lanes.submit("quick", lambda n=n: f"{n}") for n in range(3)]  # type: ignore[misc]
-    wait_for(first.running)
     assert [lanes.result(answer) for answer in others] == ["0", "1", "2"]
     assert not first.done()
     assert not second.done()
@@ -97,12 +113,9 @@ def test_after_the_end_a_call_is_refused_and_nobody_waits_for_ever() -> None:
     lanes.close()
 
 
-def test_a_call_that_is_cancelled_while_it_waits_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.lanes.cores", lambda: 2)
-    lanes: Lanes[str] = Lanes("test")
-    free = threading.Event()
-    first = lanes.submit("a", lambda: "first" if free.wait(LIMIT_S) else "never")
-    second, third = (lanes.submit("a", lambda n=n: n) for n in ("second", "third"))  # type: ignore[misc]
+def test_a_call_that_is_cancelled_while_it_waits_stops_nobody(blocked: Blocked) -> None:
+    lanes, first, free = blocked
+    second, third = (lanes.submit("slow", lambda n=n: n) for n in ("second", "third"))  # type: ignore[misc]
     assert second.cancel()
     free.set()
     assert [lanes.result(first), lanes.result(third)] == ["first", "third"]
@@ -113,8 +126,7 @@ def test_a_call_that_is_cancelled_while_it_waits_stops_nobody(monkeypatch: pytes
 def test_who_waits_for_an_answer_computes_and_is_one_of_as_many_as_there_are_cores(
     number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.lanes.cores", lambda: number)
-    lanes: Lanes[int] = Lanes("test")
+    lanes = lanes_of(number, monkeypatch)
     together = threading.Barrier(number)
 
     def run() -> int:
@@ -127,29 +139,24 @@ def test_who_waits_for_an_answer_computes_and_is_one_of_as_many_as_there_are_cor
     lanes.close()
 
 
-def test_a_call_behind_one_that_the_waiting_thread_computed_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.lanes.cores", lambda: 2)
-    lanes: Lanes[str] = Lanes("test")
-    free = threading.Event()
-    blocking = lanes.submit("slow", lambda: "slow" if free.wait(LIMIT_S) else "never")
-    wait_for(blocking.running)
+def test_a_call_behind_one_that_the_waiting_thread_computed_is_not_forgotten(blocked: Blocked) -> None:
+    lanes, blocking, free = blocked
 
-    def first() -> str:
+    def ahead() -> str:
         free.set()  # the other thread finds nothing to do as long as this lane is busy
-        assert blocking.result(LIMIT_S) == "slow"
+        assert blocking.result(LIMIT_S) == "first"
         time.sleep(0.05)
-        return "first"
+        return "ahead"
 
-    answers = [lanes.submit("a", first), lanes.submit("a", lambda: "second")]
-    assert lanes.result(answers[0]) == "first"
+    answers = [lanes.submit("a", ahead), lanes.submit("a", lambda: "second")]
+    assert lanes.result(answers[0]) == "ahead"
     assert answers[1].result(LIMIT_S) == "second", "without anybody who waits for it in the lanes"
     lanes.close()
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_call_that_ends_its_thread_holds_up_nobody_behind_it(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.lanes.cores", lambda: number)
-    lanes: Lanes[str] = Lanes("test")
+    lanes = lanes_of(number, monkeypatch)
 
     def leaving() -> str:
         time.sleep(0.05)
@@ -163,8 +170,7 @@ def test_a_call_that_ends_its_thread_holds_up_nobody_behind_it(number: int, monk
 
 
 def test_ctrl_c_in_a_call_reaches_the_thread_that_computes_and_frees_its_lane(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.lanes.cores", lambda: 1)
-    lanes: Lanes[str] = Lanes("test")
+    lanes = lanes_of(1, monkeypatch)
 
     def interrupted() -> str:
         raise KeyboardInterrupt

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from streams.recording import Note, Recording, stream_of
+from streams.recording import Known, Recording, stream_of, unknown
 
 _HEAD = 40
 _LONGEST = _HEAD - len('{"stream":""')
@@ -19,27 +19,25 @@ Line = tuple[bytes, int, int]
 """The stream, empty where the bytes alone do not tell it, and where in the text the line begins and ends."""
 
 
-def read_lines(
-    recording: Recording, known: Callable[[Note], bool] = lambda _: False
-) -> Iterator[tuple[bytes, Iterator[Line]]]:
+def read_lines(recording: Recording, known: Known = unknown) -> Iterator[tuple[bytes, Iterator[Line]]]:
     """Each frame's text with its lines, but those whose note is `known`. Raises `RecordingError`."""
-    heads: dict[bytes, bytes] = {}
+    streams: dict[bytes, bytes] = {}
     for text in recording.texts(known):
-        yield text, lines_of(text, heads)
+        yield text, lines_of(text, streams)
 
 
-def lines_of(text: bytes, known: dict[bytes, bytes]) -> Iterator[Line]:
-    """The lines of a text. `known` holds the streams of those heads that were met: lines have few beginnings."""
+def lines_of(text: bytes, streams: dict[bytes, bytes]) -> Iterator[Line]:
+    """The lines of a text. `streams` holds those of the heads that were met: lines have few beginnings."""
     if not text:
         return
     for head, begin, end in zip(*_heads(text), strict=True):
-        stream = known.get(head)
+        stream = streams.get(head)
         if stream is None:
             stream = stream_of(text[begin:end])
             if 0 < len(stream) <= _LONGEST and head:
-                if len(known) >= _MOST_HEADS:
-                    known.clear()
-                known[head] = stream
+                if len(streams) >= _MOST_HEADS:
+                    streams.clear()
+                streams[head] = stream
         yield stream, begin, end
 
 

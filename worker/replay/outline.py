@@ -96,10 +96,9 @@ class Outline:
 
     def take_note(self, note: Note) -> bool:
         """Take a frame by its note alone, where that tells all: bars, and votes by the versions of before."""
-        versions = note["versions"].items()
         if note["rules"] != RULES or not note["quiet"]:
             return False
-        if any(self._ordinary.get(_votes_of(a)) != _naming(v) for a, v in versions):
+        if any(self._ordinary.get(_votes_of(a)) != _naming(v) for a, v in note["versions"].items()):
             return False
         self.bars += note["bars"]
         self.inputs |= {_escaped(key) for key in note["inputs"]}

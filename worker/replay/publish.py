@@ -15,7 +15,7 @@ import numpy as np
 from streams.formats import recognise
 from streams.formats.times import whole
 from streams.messages import Entry
-from streams.recording import Item, Note, Recorded, Recording, decode, is_recording, read_header
+from streams.recording import Item, Note, Recorded, Recording, decode, is_recording
 from streams.validation import BadBarError, interval_ms
 from worker.errors import UsageError
 from worker.replay.lines import read_lines
@@ -82,8 +82,9 @@ def contents_of(path: Path) -> tuple[int, list[str]]:
     """How many entries `read_entries` gives, and the inputs of a recording, those found while it was made included."""
     if not is_recording(path):
         return len(read_bars(path).bars), []
-    told = _Told(dict.fromkeys(read_header(path)["inputs"]))
-    for text, lines in read_lines(Recording(path), told.take_note):
+    recording = Recording(path)
+    told = _Told(dict.fromkeys(recording.header["inputs"]))
+    for text, lines in read_lines(recording, told.take_note):
         told.take(decode(text[begin:end]) for stream, begin, end in lines if stream in (b"bars", b""))
     return told.entries, list(told.keys)
 
